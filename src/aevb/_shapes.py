@@ -1,0 +1,50 @@
+"""Tensors at the boundary: how parents are joined and which shapes a node may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from aevb.config import InputError
+
+__all__ = ["Values", "check_event", "join", "rows_of"]
+
+Values = Mapping[str, Tensor]
+"""Observed nodes by name, each `(N, *event)`; NaN marks a missing entry."""
+
+
+def join(parents: tuple[Tensor, ...]) -> Tensor:
+    """Parents `(*batch_i, D_i)` side by side, `(*batch, sum D_i)`: leading axes broadcast, vectors concatenated."""
+    if len(parents) == 1:
+        return parents[0]
+    batch = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+    return torch.cat([parent.expand(*batch, parent.shape[-1]) for parent in parents], dim=-1)
+
+
+def rows_of(values: Values) -> int:
+    """The number of data N that all `values` share.
+
+    Raises:
+        InputError: If there are none, or they disagree.
+    """
+    if not values:
+        raise InputError("`values` is empty; give at least one observed node, e.g. {'x': x}.")
+    rows = {name: value.shape[0] if value.ndim else None for name, value in values.items()}
+    counts = set(rows.values())
+    if len(counts) > 1 or None in counts:
+        told = ", ".join(f"{name}: {tuple(value.shape)}" for name, value in values.items())
+        raise InputError(
+            f"`values` must share their first axis, the data; got {told}. Give every node one entry a row."
+        )
+    return next(iter(values.values())).shape[0]
+
+
+def check_event(name: str, value: Tensor, event_shape: torch.Size) -> None:
+    """Raise unless `value` is `(N, *event_shape)`; nothing broadcasts silently."""
+    if value.shape[1:] != event_shape:
+        raise InputError(
+            f"`{name}` must be (N, {', '.join(map(str, event_shape)) or 'no further axes'}); got shape "
+            f"{tuple(value.shape)}. Flatten images with `x.flatten(1)`, or build the model with that event shape."
+        )
