@@ -1,0 +1,8 @@
+"""Training: Algorithm 1 of the notes (AEVB), with what a long run needs around it."""
+
+from __future__ import annotations
+
+from aevb.config import TrainConfig
+from aevb.training.loop import OBJECTIVES, Dataset, fit, split_rows
+
+__all__ = ["OBJECTIVES", "Dataset", "TrainConfig", "fit", "split_rows"]

@@ -1,0 +1,86 @@
+"""What a run tells while it runs, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import csv
+import io
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+from aevb.checkpoint import write_atomically
+from aevb.config import InputError
+
+__all__ = ["History", "Interrupt"]
+
+
+class History:
+    """Records by log interval, in memory and as `history.csv` in the run's folder; nats a datum."""
+
+    columns = (
+        "step", "epoch", "bound", "objective", "reconstruction", "kl", "validation", "learning_rate", "kl_weight",
+        "gradient_norm", "dropped", "seconds",
+    )  # fmt: skip
+
+    def __init__(self, records: list[dict[str, Any]], out: Path | None) -> None:
+        self.records = records
+        self.path = None if out is None else out / "history.csv"
+        self.started = False
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Keep a record, and append it to the file."""
+        self.records.append(record)
+        if self.path is None:
+            return
+        if not self.started:  # also after a resume: rows past the checkpoint are not the run's
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(
+                self.path, _lines([dict(zip(self.columns, self.columns, strict=True)), *self.records], self.columns)
+            )
+            self.started = True
+            return
+        try:
+            with open(self.path, "ab") as file:
+                file.write(_lines([record], self.columns))
+        except OSError as error:
+            raise InputError(
+                f"Could not write `{self.path}`: {error.strerror}. Free space, and resume the run."
+            ) from error
+
+
+def _lines(records: list[dict[str, Any]], columns: tuple[str, ...]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for record in records:
+        writer.writerow([_cell(record, column) for column in columns])
+    return text.getvalue().encode()
+
+
+def _cell(record: Mapping[str, Any], column: str) -> Any:
+    value = record.get(column, "")
+    return f"{value:.7g}" if isinstance(value, float) else value
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a request to stop after the current step; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Self:
+        self._own = threading.current_thread() is threading.main_thread()
+        if self._own:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,448 @@
+r"""`fit`: Algorithm 1 of the notes (AEVB). Minibatch, noise, gradient, update; unbiased for the whole data set.
+
+Step t takes the next rows of an endless stream of permutations, each drawn from (seed, epoch), and seeds torch's
+generator with (seed, t): draws, dropout and per-epoch binarisation are functions of the step, so a run that resumes at
+step t goes on as if it had never stopped, and a dropped step can be replayed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from aevb._shapes import rows_of
+from aevb.bayesnet import VAE
+from aevb.bounds import evaluating, holes_in, prepare, terms
+from aevb.checkpoint import Run, load, load_weights, save
+from aevb.config import InputError, TrainConfig
+from aevb.training.log import History, Interrupt
+from aevb.training.step import OBJECTIVES, Objective, Step, can_compile
+from aevb.training.updates import OptimizerState, update_eagerly
+
+__all__ = ["OBJECTIVES", "Dataset", "fit", "split_rows"]
+
+_log = logging.getLogger("aevb")
+_CHUNK = 8192
+_MOST_DROPPED = 20
+"""Non-finite steps in a row that end a run."""
+
+
+@runtime_checkable
+class Dataset(Protocol):
+    """Rows by index, for data that are not plain arrays in memory."""
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def take(self, indices: Tensor) -> Mapping[str, Tensor]:
+        """Nodes by name at `indices` `(B,)`, each `(B, *event)`; what it draws comes from torch's generator."""
+        ...
+
+
+def fit(
+    vae: VAE,
+    data: Mapping[str, Any] | Dataset,
+    config: TrainConfig | None = None,
+    *,
+    objective: str | Objective = "elbo",
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    describe: Mapping[str, Any] | None = None,
+) -> Run:
+    r"""Maximise a bound on :math:`\sum_n \log p(x_n)` by stochastic gradient ascent (AEVB, the notes' Algorithm 1).
+
+    The loss of a step is minus the mean bound of its rows, an unbiased estimate of 1/N of the data set's. Rows held out
+    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO.
+
+    Args:
+        vae: Model, trained in place; left with the kept weights.
+        data: Node names to arrays `(N, *event)`, NaN for missing; or an object with `len` and `take(indices)`.
+        config: Schedule, checks and stopping rule; `TrainConfig()` if None.
+        objective: A name from `OBJECTIVES`, or any `(vae, values, **tensors) -> (N,)` in nats, higher is better, which
+            is handed `kl_weight`; a module's own parameters are trained too. History reports the ELBO beside it.
+        out: Folder for checkpoints and `history.csv`; must not hold a run, unless `resume`.
+        resume: Go on from the newest checkpoint in `out`.
+        progress: Called with each record of the history.
+        describe: What the data are, JSON-able, for the run's record.
+
+    Returns:
+        The run: model, configuration, history.
+
+    Raises:
+        InputError: For data the model cannot take, a batch that cannot fit memory, or an `out` that exists.
+        FloatingPointError: If too many steps in a row are not finite; names the term, the rows and the parameters.
+        KeyboardInterrupt: On Ctrl-C, after a checkpoint was written to `out`.
+
+    Example:
+        >>> import aevb
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(200, 5) @ torch.randn(5, 5)
+        >>> vae = aevb.build_vae(aevb.ModelConfig(features=5, latents=2), x)
+        >>> run = fit(vae, {"x": x}, aevb.TrainConfig(steps=200, validate_every=100))
+        >>> run.history[-1]["bound"] > run.history[0]["bound"]
+        True
+    """
+    config = config or TrainConfig()
+    target = None if out is None else Path(out)
+    if target is not None and target.exists() and not resume:
+        raise InputError(f"`{target}` exists already; a run is never overwritten. Choose another folder, or resume it.")
+    if resume and target is None:
+        raise InputError("`resume` needs the folder of the run in `out`.")
+    try:
+        with torch.random.fork_rng(), Interrupt() as interrupt:
+            trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}))
+            if resume:
+                trainer.restore()
+            trainer.train(interrupt, progress)
+            return trainer.finish()
+    except BaseException:
+        # Without a checkpoint the folder is no run, and would only stand in the way of the next try.
+        if target is not None and not resume and not any(target.glob("checkpoint-*")):
+            shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+class _Arrays:
+    """Arrays in memory, in their own dtype; a batch is one index."""
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.values = {name: torch.as_tensor(value) for name, value in data.items()}
+        self.rows = rows_of(self.values)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: value.index_select(0, indices.to(value.device)) for name, value in self.values.items()}
+
+
+class _Trainer:
+    """The state of one call of `fit`; every attribute below `step` goes into a checkpoint."""
+
+    def __init__(
+        self, vae: VAE, data: Mapping[str, Any] | Dataset, config: TrainConfig, objective: str | Objective,
+        out: Path | None, describe: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.vae, self.config, self.out, self.describe = vae, config, out, describe
+        self.data = _Arrays(data) if isinstance(data, Mapping) else data
+        self.training, self.held_out = split_rows(len(self.data), config)
+        self.batch_size = min(config.batch_size, len(self.training))
+        modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
+        params = [p for module in modules for p in module.parameters() if p.requires_grad]
+        if not params:
+            raise InputError("`vae` has no parameters to train. Give p or q a conditional with a net.")
+        self.reference = params[0]
+        _check_memory(vae, self.batch_size * config.samples)
+        self.state = OptimizerState.start(params, config)
+        self.inner = Step(vae, objective, self.state, config, self._check_data())
+        self.inner.measure(self.batch(0))
+        self.history = History([], out)
+        self.step = 0
+        self.best: dict[str, Tensor] | None = None
+        self.best_bound, self.stale = -math.inf, 0
+        self.seconds = 0.0
+        self.finished = False
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """The rows of one step, torch's generator seeded for it."""
+        self._seed("step", step)
+        size, count = self.batch_size, len(self.training)
+        first, last = step * size, (step + 1) * size
+        parts = []
+        for epoch in range(first // count, (last - 1) // count + 1):
+            order = self._order(epoch)
+            parts.append(order[max(0, first - epoch * count) : last - epoch * count])
+        return self._take(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def _order(self, epoch: int) -> Tensor:
+        cached: dict[int, Tensor] = self.__dict__.setdefault("_orders", {})
+        if epoch not in cached:
+            generator = torch.Generator().manual_seed(_key(self.config.seed, "epoch", epoch))
+            for old in [e for e in cached if e < epoch - 1]:
+                del cached[old]
+            cached[epoch] = self.training[torch.randperm(len(self.training), generator=generator)]
+        return cached[epoch]
+
+    def _take(self, indices: Tensor) -> dict[str, Tensor]:
+        return {name: value.to(self.reference) for name, value in self.data.take(indices).items()}
+
+    def _seed(self, purpose: str, number: int) -> None:
+        key = _key(self.config.seed, purpose, number)
+        torch.default_generator.manual_seed(key)  # torch.manual_seed, which asks every backend, takes 90 times as long
+        if self.reference.device.type == "cuda":
+            torch.cuda.manual_seed(key)
+
+    def _check_data(self) -> tuple[str, ...]:
+        """See every row once before training; returns the names that have holes."""
+        self._seed("check", 0)
+        holes: set[str] = set()
+        for indices in torch.arange(len(self.data)).split(_CHUNK):
+            holes.update(holes_in(prepare(self.vae, self.data.take(indices))))
+        return tuple(sorted(holes))
+
+    def train(self, interrupt: Interrupt, progress: Callable[[dict[str, Any]], None] | None) -> None:
+        """Step until the last step, until validation stops improving, or until asked to stop."""
+        self.vae.train()
+        with self._stepper() as take_step:
+            began, dropped_in_row = time.monotonic() - self.seconds, 0
+            while self.step < self.config.steps and not self.finished:
+                rate, weight = self._rate(self.step), self._kl_weight(self.step)
+                before = int(self.state.count) if self.state.count.device.type == "cpu" else None
+                take_step(self.batch(self.step), rate, weight)
+                self.inner.meter.steps += 1
+                if before is not None:
+                    taken = int(self.state.count) > before
+                    dropped_in_row = 0 if taken else self._dropped(dropped_in_row + 1, weight)
+                self.step += 1
+                self.seconds = time.monotonic() - began
+                self._at_step(rate, weight, progress)
+                if interrupt.asked:
+                    if self.out is not None:
+                        self.checkpoint()
+                    raise KeyboardInterrupt
+
+    def _at_step(self, rate: float, weight: float, progress: Callable[[dict[str, Any]], None] | None) -> None:
+        config, last = self.config, self.step == self.config.steps
+        validation = None
+        if len(self.held_out) and (self.step % config.validate_every == 0 or last):
+            validation = self._validate()
+        if self.step % config.log_every == 0 or last or self.finished:
+            record = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
+            record |= self.inner.meter.read()
+            record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
+            if validation is not None:
+                record["validation"] = validation
+            self.history.add(record)
+            if progress is not None:
+                progress(record)
+        elif validation is not None:
+            self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
+        if self.out is not None and self.step % config.checkpoint_every == 0:
+            self.checkpoint()
+
+    @contextlib.contextmanager
+    def _stepper(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
+        reason = can_compile() if self.config.compile else None
+        if not self.config.compile or reason:
+            if reason:
+                _log.warning("Training runs eagerly, not compiled: %s.", reason)
+            yield self.inner
+            return
+        from torch._dynamo.exc import TorchDynamoException
+
+        rate, weight = torch.zeros((), device=self.reference.device), torch.zeros((), device=self.reference.device)
+        with self.inner.compiling() as graph:
+            compiled = True
+
+            def take_step(values: dict[str, Tensor], rate_now: float, weight_now: float) -> None:
+                nonlocal compiled
+                if compiled:
+                    rate.fill_(rate_now)
+                    weight.fill_(weight_now)
+                    try:
+                        graph(values, rate, weight)
+                        return
+                    except TorchDynamoException as error:  # raised before anything of the graph has run
+                        compiled = False
+                        self.inner.update = update_eagerly
+                        _log.warning("Training runs eagerly, not compiled: %s.", str(error).strip().splitlines()[0])
+                self.inner(values, rate_now, weight_now)
+
+            yield take_step
+
+    def _rate(self, step: int) -> float:
+        """Learning rate of the update after `step` updates."""
+        config = self.config
+        rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        if config.schedule == "constant":
+            return config.learning_rate * rise
+        through = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+        return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * through))
+
+    def _kl_weight(self, step: int) -> float:
+        return min(1.0, step / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
+
+    def _dropped(self, in_row: int, weight: float) -> int:
+        """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
+        if in_row == 1 or in_row == _MOST_DROPPED:
+            cause = self.inner.explain(self.batch(self.step), weight)
+            told = f"Step {self.step} is not finite and was left out: {cause}."
+            if in_row == _MOST_DROPPED:
+                if self.out is not None:
+                    self.checkpoint()
+                raise FloatingPointError(
+                    f"{_MOST_DROPPED} steps in a row were not finite; the weights are those before them. {told} "
+                    "Lower `learning_rate`, set `clip_norm`, or look at those rows."
+                )
+            _log.warning("%s", told)
+        return in_row
+
+    def _validate(self) -> float:
+        """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
+        with self._showing(self.averaged()), evaluating(self.vae):
+            total = 0.0
+            for number, indices in enumerate(self.held_out.split(_CHUNK)):
+                self._seed("validation", number)
+                values = self._take(indices)
+                total += float(
+                    terms(self.vae, values, 1, holes=holes_in(values)).weighted().expand(1, len(indices)).sum()
+                )
+            bound = total / len(self.held_out)
+            if bound > self.best_bound:
+                self.best_bound, self.stale = bound, 0
+                self.best = _copy(self.vae)
+            elif self._kl_weight(self.step) >= 1:
+                self.stale += 1
+                self.finished = 0 < self.config.patience <= self.stale
+        return bound
+
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The model's state with averaged weights; None where averaging is off."""
+        if not self.state.average:
+            return None
+        averages = {id(p): a for p, a in zip(self.state.params, self.state.average, strict=True)}
+        own = {
+            name: averages[id(p)] for name, p in self.vae.named_parameters(remove_duplicate=False) if id(p) in averages
+        }
+        return _copy(self.vae) | own
+
+    @contextlib.contextmanager
+    def _showing(self, weights: dict[str, Tensor] | None) -> Iterator[None]:
+        """The model with other weights for a while."""
+        if weights is None:
+            yield
+            return
+        own = _copy(self.vae)
+        self.vae.load_state_dict(weights)
+        try:
+            yield
+        finally:
+            self.vae.load_state_dict(own)
+
+    def kept(self) -> dict[str, Tensor] | None:
+        """The best weights seen in validation, else the averaged ones."""
+        return self.best if self.best is not None else self.averaged()
+
+    def run(self) -> Run:
+        """The run as it stands, the model as it is."""
+        tensors = {f"optimizer/{name}": value for name, value in self.state.tensors().items()}
+        tensors |= {f"param/{i}": p.detach() for i, p in enumerate(self.state.params)}
+        tensors |= {f"buffer/{name}": value for name, value in self.vae.named_buffers()}
+        tensors |= {f"best/{name}": value for name, value in (self.best or {}).items()}
+        numbers = {
+            "step": self.step, "best_bound": self.best_bound, "stale": self.stale, "seconds": self.seconds,
+            "finished": self.finished, "rows": len(self.data), "threads": torch.get_num_threads(),
+            "device": str(self.reference.device),
+        }  # fmt: skip
+        return Run(
+            vae=self.vae, config=self.config, history=self.history.records, path=self.out, data=self.describe,
+            resume={"tensors": {name: value.clone() for name, value in tensors.items()}, "numbers": numbers},
+        )  # fmt: skip
+
+    def checkpoint(self) -> None:
+        """Save the kept weights, and all that training needs to go on."""
+        run = self.run()
+        with self._showing(self.kept()):
+            save(run)
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint in `out`."""
+        assert self.out is not None
+        own = _copy(self.vae)
+        found = load(self.out, self.vae)
+        self.vae.load_state_dict(own)
+        self._check_resumable(found)
+        tensors, numbers = found.resume["tensors"], found.resume["numbers"]
+        self.state.load({name[10:]: value for name, value in tensors.items() if name.startswith("optimizer/")})
+        with torch.no_grad():
+            for i, p in enumerate(self.state.params):
+                p.copy_(tensors[f"param/{i}"])
+        for name, buffer in self.vae.named_buffers():
+            buffer.copy_(tensors[f"buffer/{name}"])
+        self.best = {name[5:]: value for name, value in tensors.items() if name.startswith("best/")} or None
+        self.step, self.best_bound, self.stale = numbers["step"], numbers["best_bound"], numbers["stale"]
+        self.seconds, self.finished = numbers["seconds"], numbers["finished"]
+        self.history.records[:] = found.history
+        self.describe = self.describe or found.data
+
+    def _check_resumable(self, found: Run) -> None:
+        if not found.resume:
+            raise InputError(f"`{self.out}` holds weights but no state of training. Train anew, into another folder.")
+        ours, theirs = self.config.to_json(), found.config.to_json()
+        free = (
+            {"steps", "patience", "log_every", "checkpoint_every"}
+            if self.config.schedule == "constant"
+            else {"patience", "log_every", "checkpoint_every"}
+        )
+        changed = sorted(name for name in ours if name not in free and ours[name] != theirs[name])
+        if changed:
+            told = ", ".join(f"{name} was {theirs[name]}, is {ours[name]}" for name in changed)
+            raise InputError(
+                f"`{self.out}` was trained otherwise ({told}); it cannot go on so. Give the same settings."
+            )
+        numbers = found.resume["numbers"]
+        here = {"rows": len(self.data), "threads": torch.get_num_threads(), "device": str(self.reference.device)}
+        for name, value in here.items():
+            if numbers[name] != value:
+                raise InputError(
+                    f"`{self.out}` was trained with {name} {numbers[name]}, now {value}; the run would not be the "
+                    f"same. Resume it with the same {name}."
+                )
+
+    def finish(self) -> Run:
+        """Leave the model with the kept weights, and save."""
+        weights = self.kept()
+        run = self.run()
+        if weights is not None:
+            load_weights(self.vae, weights, "its own best weights")
+        self.vae.eval()
+        if self.out is not None:
+            save(run)
+        return run
+
+
+def _key(seed: int, purpose: str, number: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def split_rows(rows: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Indices of the rows that `fit` trains on and of those it holds out, as `config` decides them."""
+    if rows < 1:
+        raise InputError("`data` has no rows; give at least one to train on.")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(_key(config.seed, "split", 0)))
+    held_out = min(rows - 1, math.ceil(rows * config.validation))
+    return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def _copy(vae: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in vae.state_dict().items()}
+
+
+def _check_memory(vae: nn.Module, draws: int) -> None:
+    """Refuse a batch whose activations alone exceed what is free: the kernel would kill the process without a word."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    widths = sum(module.out_features for module in vae.modules() if isinstance(module, nn.Linear))
+    # Values and gradients of each layer's output before and after its nonlinearity.
+    needed = 4 * draws * widths * next(vae.parameters()).element_size()
+    if needed > free:
+        raise InputError(
+            f"A batch of {draws} rows times draws needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free. Lower `batch_size` or `samples`."
+        )

@@ -1,0 +1,138 @@
+r"""Update rules, once as kernels for eager training and once as formulas for a compiled step; torch.optim's numbers.
+
+Either form takes the gradients, scales them so that their joint norm is at most the clip, and leaves everything as it
+was where `ok` is false: a non-finite step never reaches the weights, and nothing is read back to decide it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aevb.config import TrainConfig
+
+__all__ = ["OptimizerState", "update_eagerly", "update_traced"]
+
+_BETAS = (0.9, 0.999)
+_EPS = 1e-8
+_TINY = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm, too
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerState:
+    """Weights and what their update carries along, one tensor a parameter in each list."""
+
+    params: list[Tensor]
+    first: list[Tensor]  # Adam's running mean of gradients
+    second: list[Tensor]  # Adam's running mean of squared gradients
+    average: list[Tensor]  # exponential moving average of the weights; empty where it is off
+    count: Tensor  # (), updates taken
+
+    @classmethod
+    def start(cls, params: Sequence[Tensor], config: TrainConfig) -> OptimizerState:
+        """Zeros, and the weights as their own average."""
+        params = list(params)
+        adam = config.optimizer != "sgd"
+        return cls(
+            params=params,
+            first=[torch.zeros_like(p) for p in params] if adam else [],
+            second=[torch.zeros_like(p) for p in params] if adam else [],
+            average=[p.detach().clone() for p in params] if config.average else [],
+            count=torch.zeros((), device=params[0].device),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, for a checkpoint; parameters aside, which the model saves."""
+        lists = {"first": self.first, "second": self.second, "average": self.average}
+        named = {f"{kind}/{i}": tensor for kind, tensors in lists.items() for i, tensor in enumerate(tensors)}
+        return named | {"count": self.count}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `tensors`, in place."""
+        for name, tensor in self.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+@torch.no_grad()
+def update_eagerly(
+    state: OptimizerState, grads: Sequence[Tensor], loss: Tensor, rate: Tensor | float, config: TrainConfig
+) -> Tensor:
+    """One update by torch's fused kernels; returns the norm of the gradient, `()`."""
+    grads = list(grads)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    ok = (norm + loss).isfinite()
+    if config.clip_norm:
+        torch._foreach_mul_(grads, (config.clip_norm / (norm + _TINY)).clamp(max=1.0))
+    state.count.add_(ok)
+    for decay, some in _groups(state, config):
+        params, steps = [state.params[i] for i in some], [grads[i] for i in some]
+        if config.optimizer == "sgd":
+            for p, g in zip(params, steps, strict=True):
+                p.sub_(torch.where(ok, g + decay * p, 0.0) * rate)
+            continue
+        kernel = torch._fused_adamw_ if config.optimizer == "adamw" else torch._fused_adam_
+        first, second = [state.first[i] for i in some], [state.second[i] for i in some]
+        kernel(
+            params, steps, first, second, [], [state.count] * len(some), lr=rate, beta1=_BETAS[0], beta2=_BETAS[1],
+            weight_decay=decay, eps=_EPS, amsgrad=False, maximize=False, found_inf=(~ok).to(torch.float32),
+        )  # fmt: skip
+    if state.average:
+        mixing = _averaging(state.count, config)
+        torch._foreach_lerp_(state.average, state.params, [mixing] * len(state.params))
+    return norm
+
+
+@torch.no_grad()
+def update_traced(
+    state: OptimizerState, grads: Sequence[Tensor], loss: Tensor, rate: Tensor | float, config: TrainConfig
+) -> Tensor:
+    """As `update_eagerly`, in formulas that one graph can hold; nothing in it is a Python number that changes."""
+    norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+    ok = (norm + loss).isfinite()
+    clip = (config.clip_norm / (norm + _TINY)).clamp(max=1.0) if config.clip_norm else None
+    state.count.add_(ok)
+    mixing = _averaging(state.count, config) if state.average else None
+    for i, (p, raw) in enumerate(zip(state.params, grads, strict=True)):
+        g = raw if clip is None else raw * clip
+        decay = _decay(p, config)
+        if decay and config.optimizer != "adamw":
+            g = g + decay * p
+        old = p * (1 - rate * decay) if decay and config.optimizer == "adamw" else p
+        new = torch.where(ok, old - rate * (g if config.optimizer == "sgd" else _adam(state, i, g, ok)), p)
+        p.copy_(new)
+        if mixing is not None:
+            state.average[i].lerp_(new, mixing)
+    return norm
+
+
+def _decay(p: Tensor, config: TrainConfig) -> float:
+    """Weight matrices decay; biases and scales, whose size is the data's, do not."""
+    return config.weight_decay if p.ndim >= 2 else 0.0
+
+
+def _groups(state: OptimizerState, config: TrainConfig) -> list[tuple[float, list[int]]]:
+    """Positions of the parameters by their decay, since a kernel knows but one."""
+    by_decay: dict[float, list[int]] = {}
+    for i, p in enumerate(state.params):
+        by_decay.setdefault(_decay(p, config), []).append(i)
+    return list(by_decay.items())
+
+
+def _adam(state: OptimizerState, i: int, grad: Tensor, ok: Tensor) -> Tensor:
+    """Adam's direction (Kingma and Ba, 2015, algorithm 1); moments stay where the step is dropped."""
+    first = state.first[i].lerp(grad, 1 - _BETAS[0])
+    second = _BETAS[1] * state.second[i] + (1 - _BETAS[1]) * grad.square()
+    state.first[i].copy_(torch.where(ok, first, state.first[i]))
+    state.second[i].copy_(torch.where(ok, second, state.second[i]))
+    unbias_first = 1 - _BETAS[0] ** state.count
+    unbias_second = (1 - _BETAS[1] ** state.count).sqrt()
+    return (first / unbias_first) / (second.sqrt() / unbias_second + _EPS)
+
+
+def _averaging(count: Tensor, config: TrainConfig) -> Tensor:
+    """Weight of the newest weights in the average; larger at first, so that it forgets the random start."""
+    kept = ((1 + count) / (10 + count)).clamp(max=config.average)
+    return 1 - kept

@@ -1,0 +1,410 @@
+"""`fit`: update rules against torch.optim, unbiased minibatches, tiers, schedules, resuming, dropped steps."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import aevb
+from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
+from aevb.training import OBJECTIVES
+from aevb.training.loop import _Trainer
+from aevb.training.step import can_compile
+from aevb.training.updates import OptimizerState, update_eagerly, update_traced
+
+
+def _model(features: int = 5, seed: int = 0, **more: object) -> VAE:
+    torch.manual_seed(seed)
+    return aevb.build_vae(ModelConfig(features=features, latents=2, hidden=(8,), **more))
+
+
+def _rows(count: int = 64, features: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(features, features, generator=generator)
+    return torch.randn(count, features, generator=generator) @ mixing
+
+
+def _weights(vae: VAE) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in vae.parameters()])
+
+
+# -- update rules ------------------------------------------------------------------------------------------------------
+
+
+def _reference(optimizer: str, params: list[torch.Tensor], decay: float) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    return kinds[optimizer](groups, lr=1e-2)
+
+
+@pytest.mark.parametrize("update", [update_eagerly, update_traced])
+@pytest.mark.parametrize(
+    ("optimizer", "decay", "clip"), list(itertools.product(["adam", "adamw", "sgd"], [0.0, 0.1], [0.0, 0.5]))
+)
+def test_updates_are_those_of_torch_optim(update, optimizer, decay, clip, double) -> None:
+    torch.manual_seed(0)
+    ours = [torch.randn(4, 3).requires_grad_(), torch.randn(3).requires_grad_()]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    config = TrainConfig(optimizer=optimizer, weight_decay=decay, clip_norm=clip, average=0.9)
+    state, reference = OptimizerState.start(ours, config), _reference(optimizer, theirs, decay)
+    average = [p.detach().clone() for p in theirs]
+    for step in range(1, 6):
+        grads = [torch.randn_like(p) for p in ours]
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        norm = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs, clip)
+        reference.step()
+        mixing = 1 - min(0.9, (1 + step) / (10 + step))
+        average = [a.lerp(p.detach(), mixing) for a, p in zip(average, theirs, strict=True)]
+        found = update(state, [g.clone() for g in grads], torch.zeros(()), torch.tensor(1e-2), config)
+        torch.testing.assert_close(found, norm)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state.average, average, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("update", [update_eagerly, update_traced])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_non_finite_step_changes_nothing(update, optimizer, where) -> None:
+    params = [torch.ones(3, 2).requires_grad_(), torch.ones(2).requires_grad_()]
+    config = TrainConfig(optimizer=optimizer, weight_decay=0.1)
+    state = OptimizerState.start(params, config)
+    grads = [torch.ones(3, 2), torch.ones(2)]
+    update(state, grads, torch.zeros(()), torch.tensor(1e-2), config)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    kept = [p.detach().clone() for p in params]
+    bad = math.nan if where == "gradient" else 1.0
+    update(
+        state, [torch.full((3, 2), bad), torch.ones(2)], torch.tensor(math.inf if where == "loss" else 0.0),
+        torch.tensor(1e-2), config,
+    )  # fmt: skip
+    torch.testing.assert_close([p.detach() for p in params], kept, rtol=0, atol=0)
+    for name in ("first/0", "second/0", "count"):
+        if name in before:
+            torch.testing.assert_close(state.tensors()[name], before[name], rtol=0, atol=0)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_row_is_visited_equally_often_in_full_batches() -> None:
+    x = torch.arange(7.0).unsqueeze(1).expand(7, 5) + _rows(7) * 1e-3
+    trainer = _Trainer(_model(), {"x": x}, TrainConfig(batch_size=3, validation=0.0), "elbo", None, {})
+    seen = torch.cat([trainer.batch(step)["x"][:, 0].round() for step in range(7)])
+    assert all(len(trainer.batch(step)["x"]) == 3 for step in range(7))
+    assert torch.bincount(seen.long(), minlength=7).tolist() == [3] * 7
+    assert seen[:7].sort().values.tolist() == list(range(7))
+
+
+def test_held_out_rows_are_not_trained_on() -> None:
+    trainer = _Trainer(_model(), {"x": _rows(50)}, TrainConfig(validation=0.2), "elbo", None, {})
+    assert len(trainer.held_out) == 10
+    assert set(trainer.held_out.tolist()) | set(trainer.training.tolist()) == set(range(50))
+
+
+def test_batches_keep_their_dtype_until_they_are_used() -> None:
+    x = torch.randint(0, 2, (20, 5), dtype=torch.uint8)
+    vae = _model(likelihood="bernoulli")
+    run = aevb.fit(vae, {"x": x}, TrainConfig(steps=3))
+    assert math.isfinite(run.history[-1]["bound"])
+
+
+# -- fit ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
+def test_objectives_rise_and_history_tells_the_parts(objective) -> None:
+    vae = _model()
+    run = aevb.fit(vae, {"x": _rows()}, TrainConfig(steps=300, samples=2, log_every=50), objective=objective)
+    first, last = run.history[0], run.history[-1]
+    assert last["bound"] > first["bound"]
+    assert last["kl"] == pytest.approx(last["kl_z"])
+    assert sum(last["kl_dims"]["z"]) == pytest.approx(last["kl_z"])
+    if objective == "elbo":
+        assert last["bound"] == pytest.approx(last["reconstruction"] - last["kl"], rel=1e-5)
+
+
+def test_objective_of_ones_own_with_parameters_of_its_own() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, vae: VAE, values: aevb.Values, **tensors: torch.Tensor) -> torch.Tensor:
+            return aevb.elbo(vae, values) - self.weight**2
+
+    objective = Scaled()
+    run = aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=50, log_every=50), objective=objective)
+    assert objective.weight.item() < 2.0
+    assert run.history[-1]["objective"] < run.history[-1]["bound"]
+
+
+def test_fit_leaves_torchs_generator_and_data_alone() -> None:
+    x = _rows()
+    kept, state = x.clone(), torch.get_rng_state()
+    vae = _model()
+    torch.set_rng_state(state)
+    aevb.fit(vae, {"x": x}, TrainConfig(steps=20))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, kept)
+
+
+def test_same_seed_same_weights_other_seed_others() -> None:
+    runs = [aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=30, seed=seed)) for seed in (0, 0, 1)]
+    first, again, other = (_weights(run.vae) for run in runs)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_kl_warmup_and_learning_rate_schedule() -> None:
+    config = TrainConfig(steps=100, warmup_steps=10, kl_warmup_steps=20, learning_rate=1.0)
+    trainer = _Trainer(_model(), {"x": _rows()}, config, "elbo", None, {})
+    assert trainer._rate(0) == pytest.approx(0.1)
+    assert trainer._rate(9) == pytest.approx(1.0)
+    assert trainer._rate(55) == pytest.approx(0.5)
+    assert trainer._rate(99) < 1e-3
+    assert [trainer._kl_weight(step) for step in (0, 10, 20, 99)] == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_history_reports_the_bound_whatever_the_kl_weight() -> None:
+    config = TrainConfig(steps=1, kl_warmup_steps=10, log_every=1)
+    record = aevb.fit(_model(), {"x": _rows()}, config).history[0]
+    assert record["objective"] == pytest.approx(record["reconstruction"], rel=1e-6)
+    assert record["bound"] == pytest.approx(record["reconstruction"] - record["kl"], rel=1e-5)
+
+
+def test_early_stop_keeps_the_best_validated_weights() -> None:
+    x = _rows(40)
+    config = TrainConfig(
+        steps=4000,
+        batch_size=16,
+        validation=0.3,
+        validate_every=50,
+        patience=3,
+        learning_rate=1e-2,
+        schedule="constant",
+    )
+    run = aevb.fit(_model(), {"x": x}, config)
+    validated = [record["validation"] for record in run.history if "validation" in record]
+    assert run.history[-1]["step"] < 4000
+    best = int(torch.tensor(validated).argmax())
+    assert len(validated) == best + 1 + 3
+    trainer = _Trainer(run.vae, {"x": x}, config, "elbo", None, {})
+    trainer.state.average.clear()  # validate the weights as they were kept
+    assert trainer._validate() == pytest.approx(max(validated), abs=1e-4)
+
+
+def test_missing_values_are_marginalised_in_training() -> None:
+    x = _rows(200)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = math.nan
+    run = aevb.fit(_model(holes=True), {"x": x}, TrainConfig(steps=200, log_every=50))
+    assert run.history[-1]["bound"] > run.history[0]["bound"]
+    with pytest.raises(aevb.InputError, match="Holes"):
+        aevb.fit(_model(holes=False), {"x": x}, TrainConfig(steps=2))
+
+
+def test_a_dropped_step_names_term_rows_and_parameter(caplog) -> None:
+    class Trap(nn.Module):
+        """A net that breaks on the rows above a threshold."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.outputs, self.inner = 4, nn.Linear(5, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) / (x[..., :1] < 50).to(x.dtype)
+
+    x = _rows(40)
+    x[7] = 100.0
+    vae = VAE(
+        BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [], 5), 5)}),
+        BayesNet({"z | x": DiagonalNormal(Trap())}),
+    )
+    config = TrainConfig(steps=12, batch_size=10, validation=0.0, log_every=12)
+    with pytest.raises(
+        aevb.InputError, match="not a number for 1 of 40 rows, the first of them 7"
+    ):  # evaluated honestly, too
+        aevb.log_marginal(vae, {"x": x}, samples=10)
+    run = aevb.fit(vae, {"x": x}, config)
+    assert run.history[-1]["dropped"] == 3
+    assert "log q(z) in rows" in caplog.text
+    assert "node_z.net.inner" in caplog.text
+    assert _weights(vae).isfinite().all()
+
+
+def test_too_many_dropped_steps_stop_the_run(tmp_path) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.outputs, self.weight = 4, nn.Parameter(torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.weight / torch.zeros(()) + x[..., :1] * 0
+
+    vae = VAE(
+        BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [], 5), 5)}),
+        BayesNet({"z | x": DiagonalNormal(Broken())}),
+    )
+    before = _weights(vae)
+    with pytest.raises(FloatingPointError, match="20 steps in a row"):
+        aevb.fit(vae, {"x": _rows()}, TrainConfig(steps=100, validation=0.0), out=tmp_path / "run")
+    assert torch.equal(_weights(vae), before)
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("average", [0.99, 0.0])
+def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, average) -> None:
+    config = TrainConfig(
+        steps=120, batch_size=20, checkpoint_every=50, log_every=10, validate_every=20, average=average, clip_norm=5.0
+    )
+    whole = aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "whole")
+
+    def stop(record: dict) -> None:
+        if record["step"] >= 70:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "cut", progress=stop)
+    resumed = aevb.fit(_model(seed=9), {"x": _rows()}, config, out=tmp_path / "cut", resume=True)
+    assert torch.equal(_weights(resumed.vae), _weights(whole.vae))
+    for tensor, value in whole.resume["tensors"].items():
+        assert torch.equal(resumed.resume["tensors"][tensor], value), tensor
+    timeless = [[{**record, "seconds": 0} for record in run.history] for run in (whole, resumed)]
+    assert timeless[0] == timeless[1]
+    table = (tmp_path / "cut" / "history.csv").read_text().splitlines()
+    assert len(table) == 1 + len(whole.history)
+
+
+def test_resuming_otherwise_is_refused(tmp_path) -> None:
+    config = TrainConfig(steps=20)
+    aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "run")
+    with pytest.raises(aevb.InputError, match=r"learning_rate was 0\.001, is 0\.01"):
+        aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=20, learning_rate=0.01), out=tmp_path / "run", resume=True)
+    with pytest.raises(aevb.InputError, match="rows 64, now 60"):
+        aevb.fit(_model(), {"x": _rows(60)}, config, out=tmp_path / "run", resume=True)
+    with pytest.raises(aevb.InputError, match="exists already"):
+        aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "run")
+
+
+_INTERRUPTED = """
+import os, signal, sys, torch, aevb
+torch.set_num_threads(1)
+torch.manual_seed(0)
+x = torch.randn(200, 5)
+vae = aevb.build_vae(aevb.ModelConfig(features=5, latents=2, hidden=(8,)))
+stop = lambda record: os.kill(os.getpid(), signal.SIGINT) if record["step"] == 100 else None
+aevb.fit(vae, {"x": x}, aevb.TrainConfig(steps=100_000, log_every=10), out=sys.argv[1], progress=stop)
+"""
+
+
+def test_ctrl_c_saves_a_checkpoint_first(tmp_path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(aevb.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "run")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode in (1, -signal.SIGINT)
+    assert "KeyboardInterrupt" in done.stderr
+    run = aevb.load(tmp_path / "run")
+    assert run.resume["numbers"]["step"] == 100
+
+
+# -- the compiled tier -------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "bernoulli": {"likelihood": "bernoulli"},
+    "full covariance, holes": {"posterior": "full", "holes": True},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -> None:
+    assert can_compile() is None, "this test needs a C++ compiler"
+    x = _rows()
+    x = (x > 0).float() if name == "bernoulli" else x.masked_fill(torch.rand(x.shape) < 0.2, math.nan)
+    config = {"steps": 25, "batch_size": 20, "kl_warmup_steps": 10, "clip_norm": 10.0, "log_every": 5, "samples": 2}
+    runs = [
+        aevb.fit(_model(**MODELS[name]), {"x": x}, TrainConfig(**config, compile=compile), objective="elbo")
+        for compile in (False, True)
+    ]
+    assert "eagerly" not in caplog.text
+    torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(*(run.history for run in runs), strict=True):
+        assert ours["bound"] == pytest.approx(theirs["bound"], rel=1e-3)
+
+
+def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -> None:
+    monkeypatch.setattr("aevb.training.loop.can_compile", lambda: "no C++ compiler was found")
+    run = aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=5, compile=True))
+    assert "Training runs eagerly, not compiled: no C++ compiler was found." in caplog.text
+    assert run.history[-1]["step"] == 5
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0), ("batch_size", -1), ("learning_rate", 0.0), ("learning_rate", math.nan), ("average", 1.0),
+        ("validation", 1.0), ("optimizer", "rmsprop"), ("clip_norm", math.inf), ("seed", -1), ("schedule", "step"),
+    ],
+)  # fmt: skip
+def test_train_config_names_the_field_and_the_rule(field, value) -> None:
+    with pytest.raises(aevb.InputError, match=f"`{field}` must be"):
+        TrainConfig(**{field: value})
+
+
+def test_a_batch_that_cannot_fit_memory_is_refused() -> None:
+    with pytest.raises(aevb.InputError, match=r"GiB are\s+free. Lower `batch_size` or `samples`"):
+        aevb.fit(_model(), {"x": _rows()}, TrainConfig(samples=10**10))
+
+
+def test_unknown_objective_and_untrainable_models_are_refused() -> None:
+    with pytest.raises(aevb.InputError, match="`objective` must be one of elbo, iwae"):
+        aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=1), objective="vi")
+    frozen = VAE(BayesNet({"x": StandardNormal(5)}), BayesNet({}))
+    with pytest.raises(aevb.InputError, match="no parameters to train"):
+        aevb.fit(frozen, {"x": _rows()}, TrainConfig(steps=1))
+
+
+def test_fully_observed_model_is_fitted_by_maximum_likelihood(double) -> None:
+    """An empty q: p = N(loc, scale) over x has its maximum at the sample mean and standard deviation."""
+    x = 3.0 + 2.0 * torch.randn(400, 1, generator=torch.Generator().manual_seed(0))
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = nn.Parameter(torch.zeros(1))
+
+        def forward(self) -> torch.Tensor:
+            return self.mean
+
+    vae = VAE(BayesNet({"x": Normal(Constant(), 1)}), BayesNet({}))
+    config = TrainConfig(
+        steps=1500, batch_size=400, learning_rate=0.05, validation=0.0, average=0.0, optimizer="adam", weight_decay=0.0
+    )
+    aevb.fit(vae, {"x": x}, config)
+    d = vae.p.distribution("x", {})
+    torch.testing.assert_close(d.mean, x.mean(0), rtol=0, atol=1e-4)
+    torch.testing.assert_close(d.stddev, x.std(0, correction=0), rtol=0, atol=1e-4)
