@@ -1,0 +1,106 @@
+"""What a file holds, and the errors of opening and parsing it, each as one line that ends in a remedy."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from numpy.typing import NDArray
+
+from aevb.config import InputError
+
+__all__ = ["FORMATS", "MISSING", "Part", "Source", "listed", "opened", "parsing", "reason", "shown"]
+
+FORMATS = ".npy, .npz, .csv, .parquet, an IDX file (such as train-images-idx3-ubyte, also .gz)"
+
+MISSING = ("", "NA", "NaN", "nan", "null", "?")
+"""Cells of a CSV file that mean: not observed."""
+
+
+_LONGEST = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows as their file has them."""
+
+    where: str  # how an error names them
+    values: NDArray[Any]  # (N,), (N, P) or (N, H, W)
+    labels: NDArray[Any] | None = None  # (N,)
+    columns: tuple[str, ...] | None = None  # P names
+    named: bool = False  # the names stand in the file; else they were made up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One or two parts under one name."""
+
+    name: str
+    train: Part  # all there is, unless there is a test part
+    test: Part | None = None
+    total_count: int | None = None  # the largest possible count, where entries are counts
+
+
+def shown(name: str) -> str:
+    """A name out of a file, safe to stand in a sentence: one line, not endless."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name[:_LONGEST])
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    text = ", ".join(f"`{shown(name)}`" for name in names[:10])
+    return text if len(names) <= 10 else f"{text} and {len(names) - 10} more"
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, short enough for a sentence."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(" .:") if lines else ""
+    return shown(text) or type(error).__name__
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open for reading bytes.
+
+    Raises:
+        InputError: If there is none, or it may not be read.
+    """
+    try:
+        regular = stat.S_ISREG(os.stat(path).st_mode)
+        file = open(path, "rb") if regular else None
+    except FileNotFoundError:
+        raise InputError(f"`{path}` does not exist. Check the spelling, and the folder it is relative to.") from None
+    except PermissionError:
+        raise InputError(
+            f"`{path}` may not be read. Change its permissions, or copy it to a folder of yours."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"`{path}` cannot be opened: {reason(error)}. Give the path of a data file.") from error
+    if file is None:
+        raise InputError(f"`{path}` is not a regular file. Give the path of a data file: {FORMATS}.")
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise InputError(f"`{path}` is empty. Write it again; a data file has at least one row.")
+        yield file
+
+
+@contextmanager
+def parsing(where: str, form: str) -> Iterator[None]:
+    """Turns whatever a parser raises into an `InputError` about a file that should have the given form."""
+    try:
+        yield
+    except InputError:
+        raise
+    # Bytes from anywhere make parsers raise nearly anything: BadZipFile, zlib.error, LZMAError, EOFError, OSError
+    # (gzip), struct.error, RuntimeError (encrypted), NotImplementedError, MemoryError (absurd sizes), polars' own.
+    except Exception as error:
+        raise InputError(
+            f"{where} cannot be read as {form}: {reason(error)}. "
+            "The file is damaged, cut short, or of another format: write or download it again."
+        ) from error

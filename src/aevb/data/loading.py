@@ -1,0 +1,146 @@
+"""From a source to a checked data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aevb.config import InputError
+from aevb.data.binary import Binarize, check_binarize, draw_once, full_grey
+from aevb.data.dataset import Data
+from aevb.data.rows import Rows, column_name, grey_of, rows_of
+from aevb.data.sources import open_source
+
+__all__ = ["load"]
+
+
+def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False) -> Data:
+    """Reads a data set into memory and checks it.
+
+    A file is one of these:
+
+    - `.csv`: numbers, `true` and `false`; a cell that is empty, `NA`, `NaN`, `nan`, `null` or `?` is missing. The first
+      line names the columns; if it is all numbers it is data, and the columns are called x1, x2 and so on.
+    - `.parquet`: columns of numbers and booleans; null is missing.
+    - `.npy`: an array `(N,)`, `(N, P)`, or `(N, H, W)` of grey images, which are flattened.
+    - `.npz`: arrays `x_train` with `y_train`, `x_test`, `y_test`; or `train` with `test`; or `x`, `X` or `data` with
+      `y` or `labels`; or a single array. Labels that are not whole numbers are left out: they are no classes.
+    - IDX, the format of MNIST, whatever its name, also compressed by gzip.
+
+    Bytes stay uint8; all else becomes float32, or float64 where float32 would overflow, underflow, or change entries
+    beyond 2**24.
+
+    Args:
+        source: A file; a folder with the four IDX files of MNIST; either, spelt `mnist:PATH`; or `digits`, the 1797
+            images of 8 x 8 counts 0..16 that come with scikit-learn, of which the first 1500 are for training.
+        binarize: "none"; "static": each pixel is drawn once from Bernoulli(grey); "epoch": test pixels are, and train
+            pixels are drawn anew each time they are used. Grey is a byte over 255, a count over its limit, or a
+            float in [0, 1]. Missing pixels stay missing under "static".
+        seed: Keys the draws that are made once.
+        drop_constant: Remove the columns that are constant among the train rows, from both parts. Images with columns
+            removed have no `image_shape`.
+
+    Returns:
+        The data set; `constant` lists the columns that carry no information, `dropped` and `kept` what was removed.
+
+    Raises:
+        InputError: If the source cannot be read, breaks a rule above, has fewer than two train rows, or only constant
+            columns.
+
+    Example:
+        >>> data = load("digits")
+        >>> data.train.shape, data.test.shape, data.image_shape, data.total_count
+        (torch.Size([1500, 64]), torch.Size([297, 64]), (8, 8), 16)
+        >>> data.constant
+        ('column 0', 'column 32', 'column 39')
+        >>> load("digits", drop_constant=True).features
+        61
+    """
+    check_binarize(binarize, seed)
+    stored = open_source(source)
+    train = rows_of(stored.train)
+    test = None if stored.test is None else rows_of(stored.test)
+    if len(train.x) < 2:
+        raise InputError(f"{train.where} has one row; a model of one row would only repeat it. Give at least two rows.")
+    if test is not None:
+        train, test = _alike(train, test)
+    x, x_test, total_count = train.x, None if test is None else test.x, stored.total_count
+    if binarize != "none":
+        x, x_test = _binarized(train, test, binarize, seed, total_count)
+        total_count = None
+    data = Data(
+        name=stored.name,
+        train=x,
+        test=x_test,
+        train_labels=train.labels,
+        test_labels=None if test is None else test.labels,
+        columns=train.columns,
+        image_shape=train.image_shape,
+        total_count=total_count,
+        binarize=binarize,
+        seed=seed,
+    )
+    return _mark_constant(data, train.where, drop_constant)
+
+
+def _alike(train: Rows, test: Rows) -> tuple[Rows, Rows]:
+    """Both parts with one width, image shape and type."""
+    shapes = {rows.image_shape for rows in (train, test)} - {None}
+    if train.x.shape[1] != test.x.shape[1] or len(shapes) > 1:
+        raise InputError(
+            f"{test.where} has rows of {test.x.shape[1]} entries (image {test.image_shape}), {train.where} rows of "
+            f"{train.x.shape[1]} (image {train.image_shape}); they must agree. Save both parts with the same columns."
+        )
+    dtype = torch.promote_types(train.x.dtype, test.x.dtype)
+    shape = next(iter(shapes), None)
+    return tuple(replace(rows, x=rows.x.to(dtype), image_shape=shape) for rows in (train, test))  # type: ignore[return-value]
+
+
+def _binarized(
+    train: Rows, test: Rows | None, binarize: Binarize, seed: int, total_count: int | None
+) -> tuple[Tensor, Tensor | None]:
+    x = grey_of(train, total_count)
+    if bool(((x == 0) | (x == 1) | x.isnan()).all()):
+        raise InputError(f"{train.where} is already binary: all its entries are 0 or 1. Leave `binarize` at 'none'.")
+    if binarize == "epoch" and (missing := int(x.isnan().sum())):
+        raise InputError(
+            f"{train.where} has {missing} missing entries, which binarize='epoch' cannot keep. "
+            "Use binarize='static', which keeps them missing."
+        )
+    x_test = None if test is None else draw_once(grey_of(test, total_count), seed=seed, part="test")
+    return x if binarize == "epoch" else draw_once(x, seed=seed, part="train"), x_test
+
+
+def _mark_constant(data: Data, where: str, drop: bool) -> Data:
+    flags = _constant(data.train, drawn_anew=data.binarize == "epoch")
+    if bool(flags.all()):
+        raise InputError(
+            f"{where} has only constant columns; a model needs at least one that varies between the train rows. "
+            "Give the rows before they were averaged or standardised, or other columns."
+        )
+    names = tuple(column_name(data.columns, j) for j in flags.nonzero().flatten().tolist())
+    if not drop or not names:
+        return replace(data, constant=names)
+    kept = (~flags).nonzero().flatten()
+    return replace(
+        data,
+        train=data.train[:, kept],
+        test=None if data.test is None else data.test[:, kept],
+        columns=None if data.columns is None else tuple(data.columns[j] for j in kept.tolist()),
+        image_shape=None,
+        dropped=names,
+        kept=tuple(kept.tolist()),
+    )
+
+
+def _constant(x: Tensor, *, drawn_anew: bool) -> Tensor:
+    """`(P,)` booleans. A column without any value counts; of grey values drawn anew, only black and white ones do."""
+    if x.is_floating_point():
+        low, high = x.nan_to_num(torch.inf).amin(0), x.nan_to_num(-torch.inf).amax(0)
+    else:
+        low, high = x.aminmax(dim=0)
+    same = low >= high
+    return same & ((low == 0) | (low == full_grey(x))) if drawn_anew else same

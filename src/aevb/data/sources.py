@@ -1,0 +1,67 @@
+"""Which reader a source goes to: a name, a folder, or a file by its suffix and content."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from aevb.config import InputError
+from aevb.data.arrays import read_idx, read_mnist_folder, read_numpy
+from aevb.data.files import Part, Source
+from aevb.data.tables import read_csv, read_parquet
+
+__all__ = ["open_source"]
+
+_DIGITS_TRAIN = 1500
+
+
+def open_source(source: str | Path) -> Source:
+    """The parts of a data set as they are stored; `aevb.data.load` says what may be given.
+
+    Raises:
+        InputError: If the source cannot be read.
+    """
+    if source == "digits":
+        return _digits()
+    path = Path(source.removeprefix("mnist:") if isinstance(source, str) else source)
+    if os.path.isdir(path):
+        return read_mnist_folder(path)
+    return _READERS.get(path.suffix.lower(), _idx)(path)
+
+
+def _digits() -> Source:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError(
+            "`digits` needs scikit-learn, which is not installed. Install it: pip install 'aevb[apps]'."
+        ) from None
+    bunch = load_digits()
+    images, labels, cut = bunch.images, bunch.target, _DIGITS_TRAIN
+    return Source(
+        name="digits",
+        train=Part(where="`digits`", values=images[:cut], labels=labels[:cut]),
+        test=Part(where="`digits`", values=images[cut:], labels=labels[cut:]),
+        total_count=16,
+    )
+
+
+def _idx(path: Path) -> Source:
+    return Source(name=path.name, train=Part(where=f"`{path}`", values=read_idx(path)))
+
+
+def _csv(path: Path) -> Source:
+    return Source(name=path.name, train=read_csv(path))
+
+
+def _parquet(path: Path) -> Source:
+    return Source(name=path.name, train=read_parquet(path))
+
+
+_READERS: dict[str, Callable[[Path], Source]] = {
+    ".npy": read_numpy,
+    ".npz": read_numpy,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,150 @@
+"""Results to files: whole, or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from aevb.config import InputError
+from aevb.data.files import reason
+from aevb.data.tables import are_numbers, check_names, polars
+
+__all__ = ["write_rows"]
+
+
+def write_rows(
+    path: str | Path, array: Tensor | ArrayLike, columns: Sequence[str] | None = None, *, overwrite: bool = False
+) -> None:
+    r"""Writes a table as `.npy`, `.csv` or `.parquet`, by suffix.
+
+    The file appears whole or not at all: it is written under another name in the same folder, flushed to the disk, and
+    renamed. Numbers in CSV have the fewest digits that give back the same float of their type.
+
+    Args:
+        path: Where to; the folder must exist.
+        array: `(N, P)`, or `(N,)` for one column.
+        columns: P names; x1, x2 and so on if None. `.npy` has no place for them.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        InputError: If the suffix is another one, the file exists, names do not fit, or the disk refuses. Nothing that
+            existed is lost.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "codes.csv"
+        ...     write_rows(path, torch.tensor([[0.1, 2.0]]), ["z1", "z2"])
+        ...     path.read_text()
+        'z1,z2\n0.1,2.0\n'
+    """
+    path = Path(path)
+    writer = _WRITERS.get(path.suffix.lower())
+    if writer is None:
+        raise InputError(
+            f"`{path}` must end in {', '.join(_WRITERS)}; got {path.suffix!r}. Choose one of these suffixes."
+        )
+    rows = _table(array)
+    names = [f"x{j + 1}" for j in range(rows.shape[1])] if columns is None else list(columns)
+    if len(names) != rows.shape[1]:
+        raise InputError(
+            f"`columns` must have {rows.shape[1]} names, one a column; got {len(names)}. Name every column."
+        )
+    check_names(names, "`columns`")
+    _check_place(path, overwrite)
+    with _replacing(path) as file:
+        writer(file, rows, names)
+
+
+def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
+    if isinstance(array, Tensor):
+        array = array.detach().cpu()
+        array = array.float() if array.dtype == torch.bfloat16 else array
+    rows = np.asarray(array)
+    rows = rows[:, None] if rows.ndim == 1 else rows
+    if rows.ndim != 2 or rows.shape[1] == 0 or rows.dtype.kind not in "buif":
+        raise InputError(
+            f"`array` must be real numbers of shape (rows, columns); got {rows.dtype} of shape {rows.shape}. "
+            "Flatten it: array.reshape(len(array), -1)."
+        )
+    # polars reads the machine's byte order only, and no floats of 16 bytes.
+    dtype = np.dtype(np.float64) if rows.dtype.itemsize > 8 else rows.dtype.newbyteorder("=")
+    return rows.astype(dtype, copy=False)
+
+
+def _check_place(path: Path, overwrite: bool) -> None:
+    if os.path.isdir(path):
+        raise InputError(f"`{path}` is a folder. Give the path of a file.")
+    if os.path.lexists(path) and not overwrite:
+        raise InputError(f"`{path}` exists already. Choose another name, or allow it to be overwritten.")
+    if not os.path.isdir(path.parent):
+        raise InputError(f"`{path}` cannot be written: there is no folder `{path.parent}`. Create it first.")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(
+            f"`{path}` could not be written: {error.strerror or reason(error)}; nothing was changed. "
+            "Free space, or choose a folder that you may write to."
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # the rename reaches the disk with the folder; not every system can flush one
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _write_npy(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
+    np.save(file, rows, allow_pickle=False)
+
+
+def _write_csv(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
+    if all(are_numbers(names)):
+        raise InputError(
+            "`columns` are all numbers, which a CSV reader takes for data. Give at least one name a letter."
+        )
+    content = io.BytesIO()
+    _frame(rows, names).write_csv(content)
+    file.write(content.getbuffer())
+
+
+def _write_parquet(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
+    content = io.BytesIO()
+    _frame(rows, names).write_parquet(content)
+    file.write(content.getbuffer())
+
+
+def _frame(rows: NDArray[Any], names: list[str]) -> Any:
+    # Booleans are 0 and 1 everywhere here; half floats are no type of a table.
+    if rows.dtype in (np.bool_, np.float16):
+        rows = rows.astype(np.uint8 if rows.dtype == np.bool_ else np.float32)
+    return polars().from_numpy(rows, schema=names, orient="row")
+
+
+_WRITERS: dict[str, Callable[[BinaryIO, NDArray[Any], list[str]], None]] = {
+    ".npy": _write_npy,
+    ".csv": _write_csv,
+    ".parquet": _write_parquet,
+}
