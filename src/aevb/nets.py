@@ -143,5 +143,10 @@ class Standardize(nn.Module):
 
     def forward(self, parent: Tensor) -> Tensor:
         """Parent `(*, D)` to what `net` returns."""
+        if parent.shape[-1] != self.loc.shape[0]:
+            raise InputError(
+                f"The net's parent must end in {self.loc.shape[0]} entries; got shape {tuple(parent.shape)}. "
+                "Flatten images with `x.flatten(1)`, or build the model for these columns."
+            )
         result: Tensor = self.net((parent - self.loc) / self.scale)
         return result

@@ -1,0 +1,126 @@
+"""One evaluation of a run in figures and words: terminal, JSON and report all print what stands here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from aevb._shapes import Values
+from aevb.bayesnet import VAE
+from aevb.checkpoint import write_atomically
+from aevb.config import InputError
+from aevb.evaluate import Marginal, active_units
+
+__all__ = ["ACTIVE_ABOVE", "UNTRUSTED_ABOVE", "Summary", "summarize"]
+
+ACTIVE_ABOVE = 0.01
+"""Var_x E_q[z | x] above which a dimension counts as active (Burda et al., 2016, section 5.2)."""
+UNTRUSTED_ABOVE = 0.7
+"""Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
+_LEAST_FOR_K = 25  # a fifth of the draws is the tail, and five points are the least a fit is made to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What an evaluation found; nats a datum, higher is better."""
+
+    split: str  # which rows: "test", "validation", a file's name
+    rows: int
+    samples: int
+    seed: int
+    log_prob: float
+    std_error: float  # over rows: how far another test set of this size would scatter
+    monte_carlo_error: float  # of the mean: how far other draws would scatter
+    elbo: float
+    untrusted: int  # rows whose k-hat is above 0.7, or unknown for want of samples
+    active: dict[str, list[int]]  # latent node to [active dimensions, dimensions]
+    latent_spread: dict[str, list[float]]  # latent node to Var_x E_q[z | x] by dimension
+    features: int
+    data: str = ""  # what the rows are, their binarisation included
+
+    @property
+    def gap(self) -> float:
+        """How much the bound loses, nats."""
+        return self.log_prob - self.elbo
+
+    @property
+    def headline(self) -> str:
+        """The line that ends an evaluation."""
+        return f"{self.split} log p(x) = {self.log_prob:.2f} ± {self.std_error:.2f} nats ({self.samples} samples)"
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Name and figure of each line, in the order in which they are printed."""
+        active = ", ".join(f"{count} of {total}" for count, total in self.active.values()) or "no latents"
+        return [
+            ("rows", f"{self.rows}" + (f" ({self.data})" if self.data else "")),
+            ("ELBO", f"{self.elbo:.2f} nats"),
+            ("gap log p(x) - ELBO", f"{self.gap:.2f} nats"),
+            ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
+        ]
+
+    @property
+    def caveat(self) -> str:
+        """How far to trust the headline."""
+        tail = f"k-hat > {UNTRUSTED_ABOVE} in {self.untrusted} of {self.rows} rows"
+        if self.samples < _LEAST_FOR_K:
+            tail = f"k-hat needs {_LEAST_FOR_K} samples or more"
+        return f"importance sampling is a lower bound: Monte-Carlo error {self.monte_carlo_error:.3f} nats, {tail}"
+
+    def lines(self) -> list[str]:
+        """The whole evaluation as the terminal shows it; the headline is last."""
+        facts = self.facts()
+        width = max(len(name) for name, _ in facts)
+        return [*(f"{name:<{width}}  {figure}" for name, figure in facts), self.caveat, self.headline]
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields, and the gap, in full precision."""
+        return dataclasses.asdict(self) | {"gap": self.gap}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """The inverse of `to_json`."""
+        return cls(**{name: value for name, value in fields.items() if name != "gap"})
+
+    def save(self, path: Path) -> None:
+        """Write `to_json` to a file, whole or not at all."""
+        write_atomically(path, json.dumps(self.to_json(), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: If it is not there or not readable.
+        """
+        try:
+            return cls.from_json(json.loads(path.read_bytes()))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"`{path}` holds no evaluation ({error}). Make one with `aevb evaluate RUN`.") from None
+
+
+def summarize(
+    vae: VAE, values: Values, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = ""
+) -> Summary:
+    """Put `marginal`, the estimates of `values` under `vae`, into figures for all rows; finds the active dimensions."""
+    rows = marginal.log_prob.shape[0]
+    spread = {node: variance.flatten().tolist() for node, variance in active_units(vae, values).items()}
+    return Summary(
+        split=split,
+        rows=rows,
+        samples=marginal.samples,
+        seed=seed,
+        log_prob=float(marginal.log_prob.mean()),
+        std_error=float(marginal.log_prob.std()) / math.sqrt(rows) if rows > 1 else math.nan,
+        monte_carlo_error=float(marginal.std_error.square().sum().sqrt()) / rows,
+        elbo=float(marginal.elbo.mean()),
+        untrusted=int((~(marginal.pareto_k <= UNTRUSTED_ABOVE)).sum()),
+        active={node: [sum(v > ACTIVE_ABOVE for v in dims), len(dims)] for node, dims in spread.items()},
+        latent_spread=spread,
+        features=sum(value[0].numel() for value in values.values()),
+        data=data,
+    )

@@ -1,0 +1,306 @@
+"""The command line, run as its user runs it: figures, files, and one clear sentence for each mistake."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from aevb.apps.cli import main
+
+AEVB = [sys.executable, "-c", "import sys; sys.argv[0] = 'aevb'; from aevb.apps.cli import main; main()"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+FAST = ["--steps", "60", "--hidden", "16", "--latents", "4", "--validate-every", "30", "--log-every", "20"]
+
+
+def aevb(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command in this process, as the console script calls it: torch is imported once, not for each test."""
+    out, errors, before = io.StringIO(), io.StringIO(), warnings.showwarning
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["aevb", *map(str, words)])
+        try:
+            main()
+            code: object = 0
+        except SystemExit as error:
+            code = error.code or 0
+        finally:
+            warnings.showwarning = before
+    if isinstance(code, str):  # what the interpreter prints for it
+        print(code, file=errors)
+        code = 1
+    return subprocess.CompletedProcess(words, int(code), out.getvalue(), errors.getvalue())
+
+
+def succeed(*words: object) -> str:
+    done = aevb(*words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def refuse(*words: object) -> str:
+    """The one message of a command that must fail."""
+    done = aevb(*words)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("aevb: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("digits") / "run"
+    succeed("train", "digits", "--out", run, *FAST)
+    return run
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(120, 1)) @ rng.normal(size=(1, 3)) + 0.3 * rng.normal(size=(120, 3))
+    frame = pl.DataFrame(x * 10 + 100, schema=["height", "weight", "age"])
+    path = tmp_path / "people.csv"
+    frame.with_columns(
+        pl.when(pl.int_range(pl.len()) % 5 == 0).then(None).otherwise(pl.col("age")).alias("age")
+    ).write_csv(path)
+    return path
+
+
+# -- what works --------------------------------------------------------------------------------------------------------
+
+
+def test_the_console_script_answers_help_without_torch() -> None:
+    code = "import sys; sys.argv = ['aevb', '--help']\nfrom aevb.apps.cli import main\ntry: main()\n"
+    code += "finally: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0
+    assert done.stdout.endswith("False\n")
+
+
+def test_help_lists_the_verbs_and_every_configuration_field() -> None:
+    from dataclasses import fields
+
+    from aevb import ModelConfig, TrainConfig
+
+    listed = succeed("--help")
+    for verb in ("train", "evaluate", "sample", "encode", "score", "report", "check"):
+        assert verb in listed
+    flags = succeed("train", "--help")
+    for field in (*fields(ModelConfig), *fields(TrainConfig)):
+        if field.name not in ("features", "holes"):
+            assert f"--{field.name.replace('_', '-')}" in flags, field.name
+
+
+def test_train_then_evaluate_prints_one_headline(digits) -> None:
+    printed = succeed("evaluate", digits, "--samples", 300)
+    headlines = re.findall(r"^test log p\(x\) = -\d+\.\d\d ± \d+\.\d\d nats \(300 samples\)$", printed, re.MULTILINE)
+    assert len(headlines) == 1
+    assert printed.splitlines()[-1] == headlines[0]
+    assert "lower bound" in printed.splitlines()[-2]
+    assert "k-hat > 0.7 in" in printed.splitlines()[-2]
+    stored = json.loads((digits / "evaluation.json").read_text())
+    assert headlines[0].startswith(f"test log p(x) = {stored['log_prob']:.2f} ")
+
+
+def test_json_carries_the_same_figures(digits) -> None:
+    told = json.loads(succeed("evaluate", digits, "--samples", 300, "--json"))
+    again = json.loads(succeed("evaluate", digits, "--samples", 300, "--json"))
+    assert told == again
+    assert told["rows"] == 297
+    assert told["gap"] == pytest.approx(told["log_prob"] - told["elbo"])
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])
+def test_sample_encode_and_score_write_each_format(digits, tmp_path, suffix) -> None:
+    rows = tmp_path / f"rows{suffix}"
+    succeed("sample", digits, "-n", 7, "--out", rows, "--seed", 3)
+    assert _read(rows).shape == (7, 64)
+    succeed("encode", digits, rows, "--out", tmp_path / f"codes{suffix}")
+    assert _read(tmp_path / f"codes{suffix}").shape == (7, 8)
+    printed = succeed("score", digits, rows, "--out", tmp_path / f"scores{suffix}", "--samples", 100)
+    scores = _read(tmp_path / f"scores{suffix}")
+    assert scores.shape == (7, 4)
+    assert f"{scores[:, 0].mean():.2f}" in printed
+
+
+def _read(path: Path) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path)
+    return (pl.read_csv(path) if path.suffix == ".csv" else pl.read_parquet(path)).to_numpy()
+
+
+def test_report_is_written_with_the_evaluations_figures(digits) -> None:
+    succeed("evaluate", digits, "--samples", 300)
+    succeed("report", digits)
+    page = (digits / "report.html").read_text()
+    stored = json.loads((digits / "evaluation.json").read_text())
+    assert f"{stored['log_prob']:.2f}" in page
+
+
+def test_a_table_with_holes_is_trained_scored_and_reported(table, tmp_path) -> None:
+    run = tmp_path / "run"
+    assert "likelihood normal" in succeed("train", table, "--out", run, *FAST)
+    printed = succeed("evaluate", run, "--samples", 50)
+    assert "validation log p(x) = " in printed
+    succeed("report", run)
+    succeed("score", run, table, "--out", tmp_path / "scores.csv", "--samples", 50)
+    assert pl.read_csv(tmp_path / "scores.csv").columns == ["log_prob", "std_error", "ess", "pareto_k"]
+    succeed("sample", run, "-n", 3, "--out", tmp_path / "new.csv")
+    assert pl.read_csv(tmp_path / "new.csv").columns == ["height", "weight", "age"]
+
+
+def test_mnist_files_with_per_epoch_binarisation_named_in_the_run(tmp_path) -> None:
+    folder, rng = tmp_path / "mnist", np.random.default_rng(0)
+    folder.mkdir()
+    for part, count in (("train", 60), ("t10k", 20)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+        (folder / f"{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(struct.pack(">4B3I", 0, 0, 8, 3, count, 28, 28) + images.tobytes())
+        )
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">4BI", 0, 0, 8, 1, count) + labels.tobytes())
+    run = tmp_path / "run"
+    assert "likelihood bernoulli" in succeed("train", folder, "--binarize", "epoch", "--out", run, *FAST)
+    assert "drawn anew from Bernoulli(grey)" in succeed("evaluate", run, "--samples", 20)
+
+
+def test_check_compares_with_closed_forms_and_can_fail() -> None:
+    printed = succeed("check")
+    assert printed.count(" ok (") == len(printed.splitlines()) - 1
+    code = (
+        "import aevb.apps.check as check; check.log_marginal = lambda *a, real=check.log_marginal, **k: "
+        "(lambda m: type(m)(**{**vars(m), 'log_prob': m.log_prob + 0.01}))(real(*a, **k));"
+        "import sys; sys.argv = ['aevb', 'check']; from aevb.apps.cli import main; main()"
+    )
+    broken = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
+    assert broken.returncode != 0
+    assert "known answers are off: log marginal likelihood" in broken.stderr
+    assert "OFF" in broken.stdout
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+MISTAKES = {
+    "missing file": (lambda d: [d / "absent.csv"], "absent.csv"),
+    "empty file": (lambda d: [_write(d / "a.csv", "")], "a.csv"),
+    "text column": (lambda d: [_write(d / "a.csv", "name,x\nAnn,1\nBob,2\n")], "name"),
+    "ragged rows": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n3\n4,5\n")], "line"),
+    "infinity": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n3,inf\n4,5\n")], "infinite"),
+    "one row": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n")], "row"),
+    "all constant": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n1,2\n1,2\n")], "constant"),
+    "one constant": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n1,3\n1,4\n")], "--drop-constant"),
+    "not an npy": (lambda d: [_write(d / "a.npy", "not an array")], "a.npy"),
+    "grey to bernoulli": (
+        lambda d: [_write(d / "a.csv", "a,b\n0.5,1\n0,1\n1,0\n"), "--likelihood", "bernoulli"],
+        "outside the support of its Bernoulli",
+    ),
+    "17 of 16": (
+        lambda d: [_write(d / "a.csv", "a,b\n17,1\n0,3\n1,0\n"), "--likelihood", "binomial", "--total-count", 16],
+        "outside the support of its Binomial",
+    ),
+    "too many latents": (lambda d: ["digits", "--latents", 10_001], "`latents` must be between 1 and 10000"),
+    "too large a batch": (lambda d: ["digits", "--samples", 10**9], "GiB"),
+    "not binary": (lambda d: ["digits", "--total-count", 16, "--likelihood", "bernoulli"], "`total_count` goes with"),
+    "no data": (lambda d: [], "needs DATA"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_ends_in_one_sentence_and_no_run(name, tmp_path) -> None:
+    words, expected = MISTAKES[name]
+    message = refuse("train", *words(tmp_path), "--out", tmp_path / "run")
+    assert expected in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_out_that_exists_is_left_alone(digits, tmp_path) -> None:
+    keep = _write(tmp_path / "keep.csv", "precious")
+    before = sorted((path, path.stat().st_mtime_ns) for path in digits.rglob("*"))
+    assert "exists already" in refuse("train", "digits", "--out", digits, *FAST)
+    assert "keep.csv" in refuse("sample", digits, "-n", 3, "--out", keep)
+    assert keep.read_text() == "precious"
+    assert sorted((path, path.stat().st_mtime_ns) for path in digits.rglob("*")) == before
+
+
+def test_what_is_no_run_is_named(tmp_path, digits) -> None:
+    assert "is not a run" in refuse("evaluate", tmp_path)
+    assert "`samples`" in refuse("evaluate", digits, "--samples", 0)
+    assert "`n` must be at least 1" in refuse("sample", digits, "-n", 0, "--out", tmp_path / "x.csv")
+    wrong = _write(tmp_path / "narrow.csv", "a,b\n1,2\n3,4\n")
+    assert "64" in refuse("score", digits, wrong, "--out", tmp_path / "s.csv")
+    assert ".npy, .csv" in refuse("sample", digits, "-n", 1, "--out", tmp_path / "x.txt")
+
+
+def test_data_that_changed_since_training_are_refused(table, tmp_path) -> None:
+    run = tmp_path / "run"
+    succeed("train", table, "--out", run, *FAST)
+    table.write_text(table.read_text() + "1,2,3\n")
+    assert "content has changed" in refuse("evaluate", run)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(digits, tmp_path, monkeypatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "fsync", full)
+    for words in (
+        ["train", "digits", "--out", tmp_path / "run", *FAST],
+        ["sample", digits, "-n", 3, "--out", tmp_path / "x.npy"],
+        ["evaluate", digits, "--samples", 5],
+    ):
+        assert "No space left on device" in refuse(*words)
+    assert not list(tmp_path.iterdir())
+    assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_run_goes_on(tmp_path) -> None:
+    run = tmp_path / "run"
+    words = [
+        "train",
+        "digits",
+        "--out",
+        str(run),
+        "--steps",
+        "3000",
+        "--hidden",
+        "16",
+        "--latents",
+        "4",
+        "--log-every",
+        "10",
+    ]
+    process = subprocess.Popen(
+        [*AEVB, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "history.csv").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"aevb train --resume {run}" in errors
+    assert "trained 3000 steps" in succeed("train", "--resume", run)
