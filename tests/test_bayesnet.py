@@ -35,6 +35,12 @@ from aevb.bounds import prepare, terms
 pytestmark = pytest.mark.usefixtures("double")
 
 ROUNDING = 1e-10
+ENTRIES = {
+    "elbo": aevb.elbo,
+    "iwae": lambda vae, values: aevb.iwae(vae, values, 2),
+    "log_marginal": lambda vae, values: aevb.log_marginal(vae, values, 9),
+}
+"""Public functions through which values enter."""
 
 
 def says(*fragments: str) -> str:
@@ -178,7 +184,7 @@ def test_pairs_that_do_not_close(p, q, given, pattern):
         )
 
 
-@pytest.mark.parametrize("bound", [aevb.elbo, lambda v, x: aevb.iwae(v, x, 2), lambda v, x: aevb.log_marginal(v, x, 9)])
+@pytest.mark.parametrize("bound", ENTRIES.values(), ids=ENTRIES)
 @pytest.mark.parametrize(
     ("values", "pattern"),
     [
@@ -210,6 +216,14 @@ def test_event_shapes_of_the_two_sides_must_agree(ours, theirs, kl):
     )
     with pytest.raises(InputError, match=says("`z`", rf"\({ours},\)", rf"\({theirs},\)", "same dimensions")):
         aevb.elbo(vae, {"x": binary()}, kl=kl)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 3)])
+def test_terms_refuse_what_would_broadcast(shape):
+    """Also where nothing was looked at beforehand."""
+    vae = VAE(BayesNet({"z": StandardNormal(50)}), BayesNet({}))
+    with pytest.raises(InputError, match=says("`z`", r"\(N, 50\)", "got shape")):
+        terms(vae, {"z": torch.zeros(shape)})
 
 
 def test_latents_are_decided_by_each_call():
@@ -473,7 +487,7 @@ def one_column(d: int, make) -> VAE:
         pytest.param(Bernoulli, math.nan, says("`x`", "NaN", "'z | x'", "Holes"), id="a hole that q cannot see"),
     ],
 )
-@pytest.mark.parametrize("entry", [aevb.elbo, lambda v, x: aevb.iwae(v, x, 2), lambda v, x: aevb.log_marginal(v, x, 9)])
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
 def test_values_the_model_cannot_take(make, bad, pattern, entry):
     torch.manual_seed(0)
     vae = one_column(3, make)

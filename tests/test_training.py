@@ -332,20 +332,20 @@ def test_ctrl_c_saves_a_checkpoint_first(tmp_path) -> None:
 # -- the compiled tier -------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "bernoulli": {"likelihood": "bernoulli"},
-    "full covariance, holes": {"posterior": "full", "holes": True},
+    "bernoulli": ({"likelihood": "bernoulli"}, {}),
+    "full covariance, holes, iwae": ({"posterior": "full", "holes": True}, {"objective": "iwae"}),
 }
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -> None:
     assert can_compile() is None, "this test needs a C++ compiler"
+    model, more = MODELS[name]
     x = _rows()
     x = (x > 0).float() if name == "bernoulli" else x.masked_fill(torch.rand(x.shape) < 0.2, math.nan)
     config = {"steps": 25, "batch_size": 20, "kl_warmup_steps": 10, "clip_norm": 10.0, "log_every": 5, "samples": 2}
     runs = [
-        aevb.fit(_model(**MODELS[name]), {"x": x}, TrainConfig(**config, compile=compile), objective="elbo")
-        for compile in (False, True)
+        aevb.fit(_model(**model), {"x": x}, TrainConfig(**config, compile=compile), **more) for compile in (False, True)
     ]
     assert "eagerly" not in caplog.text
     torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor, nn
 
-from aevb._shapes import Values
+from aevb._shapes import Values, rows_of
 from aevb.config import InputError, ModelConfig
 from aevb.distributions import Noise, draw, log_prob
 from aevb.nets import Holes
@@ -218,7 +218,8 @@ class VAE(nn.Module):
         """Q of each latent node at its parents' means: a deterministic embedding, `(N, *event)` each."""
         known, found = dict(values), {}
         for node in self.latents(values):
-            found[node] = self.q.distribution(node, known)
+            d = self.q.distribution(node, known)
+            found[node] = d if d.batch_shape else d.expand(torch.Size([rows_of(values)]))
             known[node] = found[node].mean
         return found
 

@@ -91,14 +91,14 @@ def reparameterize(
         z, log_density = d.rsample_and_log_prob(shape, noise)
         return z, lambda: log_density
     base, full = _base(d), shape + d.event_shape
-    if isinstance(base, td.Normal):
+    if type(base) is td.Normal:  # not a subclass, whose draws are its own
         loc, scale = base.loc, base.scale
         eps = _normal(full, loc, noise)
         dims = tuple(range(-len(d.event_shape), 0))
         if not dims:
             return loc + scale * eps, lambda: -0.5 * (eps.square() + _LOG_2PI) - scale.log()
         return loc + scale * eps, lambda: (-0.5 * (eps.square() + _LOG_2PI) - scale.log()).sum(dims)
-    if isinstance(d, td.MultivariateNormal):
+    if type(d) is td.MultivariateNormal:
         tril = d.scale_tril
         eps = _normal(full, d.loc, noise)
         z = d.loc + (tril @ eps.unsqueeze(-1)).squeeze(-1)
@@ -171,10 +171,9 @@ def support_violation(d: td.Distribution, value: Tensor) -> tuple[int, ...] | No
         value: Data.
     """
     base = _base(d)
-    inside = base.support.check(value)  # type: ignore[union-attr]
-    inside = inside.reshape(inside.shape[inside.ndim - value.ndim :]) if inside.ndim > value.ndim else inside
-    if inside.ndim == value.ndim:
-        inside = inside | value.isnan() if value.is_floating_point() else inside
+    inside = base.support.check(torch.where(value.isnan(), _filler(base), value))  # type: ignore[union-attr]
+    # Bounds that are tensors carry the leading axes of `d`, all ones.
+    inside = inside.reshape(inside.shape[max(0, inside.ndim - value.ndim) :])
     if bool(inside.all()):
         return None
     return tuple(int(i) for i in (~inside).nonzero()[0])

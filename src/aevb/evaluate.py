@@ -94,18 +94,21 @@ def log_marginal(
     results = []
     draws = max(_BLOCK, pack // _BLOCK * _BLOCK)  # of one row in a pack: whole blocks
     with evaluating(vae):
-        start, width = 0, max(1, pack // min(samples, draws))
+        # The first row goes alone: it tells whether draws can be keyed for many rows and blocks together.
+        start, width, encoded = 0, 1, dict[str, td.Distribution]()
+        widest, alone = max(1, pack // min(samples, draws)), False
         while start < rows:
             chunk = slice(start, min(start + width, rows))
             given = {name: value[chunk] for name, value in values.items()}
             try:
-                results.append(_estimate(vae, given, samples, holes, digests[chunk], seed, draws))
-            except _OneBlockAtATime:
-                width, draws = 1, _BLOCK
+                keys = _Keys(seed=seed, digests=digests[chunk], pack=draws, alone=alone)
+                results.append(_estimate(vae, given, samples, holes, keys, encoded))
+            except _NotNormal:
+                widest, alone = 1, True
                 continue
             if progress is not None:
                 progress(chunk.stop - chunk.start)
-            start = chunk.stop
+            start, width, encoded = chunk.stop, widest, {}
     columns = [torch.cat(parts) for parts in zip(*results, strict=True)]
     if bool((bad := columns[0].isnan()).any()):
         named = ", ".join(str(int(i)) for i in bad.nonzero()[:10, 0])
@@ -173,16 +176,16 @@ def pareto_k(tail: Tensor, cutoff: Tensor) -> Tensor:
 
 
 def _estimate(
-    vae: VAE, given: Values, samples: int, holes: tuple[str, ...], digests: list[bytes], seed: int, draws: int
+    vae: VAE, given: Values, samples: int, holes: tuple[str, ...], keys: _Keys, encoded: dict[str, td.Distribution]
 ) -> tuple[Tensor, ...]:
     """All packs of some rows: running sums of w, w^2 and log w, and the tail that k-hat needs."""
-    encoded: dict[str, td.Distribution] = {}
-    running = _Running(len(digests), samples)
-    for first in range(0, samples, draws):
-        count = min(draws, samples - first)
-        noise = functools.partial(_Keyed, seed, digests, first // _BLOCK)
+    rows, pack = len(keys.digests), _BLOCK if keys.alone else keys.pack
+    running = _Running(rows, samples)
+    for first in range(0, samples, pack):
+        count = min(pack, samples - first)
+        noise = functools.partial(_Keyed, keys, first // _BLOCK)
         integrand = terms(vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded).weighted()
-        running.add(integrand.expand(count, len(digests)).double())
+        running.add(integrand.expand(count, rows).double())
     return running.result()
 
 
@@ -225,21 +228,31 @@ class _Running:
         return log_prob, relative.clamp(min=0).sqrt(), ess, k, self.logs / count
 
 
-class _OneBlockAtATime(Exception):
-    """Draws whose noise is not known to be normal can be keyed only for one row and one block alone."""
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """What the draws of some rows depend on, and how they are packed."""
+
+    seed: int
+    digests: list[bytes]  # content of each row
+    pack: int  # draws of one row held at once: whole blocks
+    alone: bool  # one row and one block at a time, since some noise is not known to be normal
+
+
+class _NotNormal(Exception):
+    """A draw's noise is not known to be normal, so it can be keyed only for one row and one block alone."""
 
 
 @final
 class _Keyed:
     """Noise of one node for some rows and consecutive blocks of draws, keyed by (seed, row's content, block, node)."""
 
-    def __init__(self, seed: int, digests: list[bytes], block: int, node: str) -> None:
-        self.seed, self.digests, self.block, self.node = seed, digests, block, node
+    def __init__(self, keys: _Keys, block: int, node: str) -> None:
+        self.keys, self.block, self.node = keys, block, node
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
         """Standard normals `(K, N, *event)`; whole blocks are drawn, and the last is cut."""
         count, rows, event = shape[0], shape[1], shape[2:]
-        assert rows == len(self.digests)
+        assert rows == len(self.keys.digests)
         blocks = math.ceil(count / _BLOCK)
         result = torch.empty((rows, blocks, _BLOCK, *event), dtype=like.dtype)
         generator = torch.Generator()
@@ -251,14 +264,14 @@ class _Keyed:
 
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
         """A draw of any other kind: torch's generator, seeded for this row and block, and put back."""
-        if len(self.digests) > 1 or shape[0] > _BLOCK:
-            raise _OneBlockAtATime
+        if not self.keys.alone:
+            raise _NotNormal
         with torch.random.fork_rng():
             torch.manual_seed(self._key(0, 0))
             return d.rsample()
 
     def _key(self, row: int, block: int) -> int:
-        text = f"{self.seed} {self.block + block} {self.node} ".encode() + self.digests[row]
+        text = f"{self.keys.seed} {self.block + block} {self.node} ".encode() + self.keys.digests[row]
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 

@@ -145,6 +145,7 @@ class _Trainer:
             raise InputError("`vae` has no parameters to train. Give p or q a conditional with a net.")
         self.reference = params[0]
         _check_memory(vae, self.batch_size * config.samples)
+        self.orders: dict[int, Tensor] = {}
         self.state = OptimizerState.start(params, config)
         self.inner = Step(vae, objective, self.state, config, self._check_data())
         self.inner.measure(self.batch(0))
@@ -167,13 +168,12 @@ class _Trainer:
         return self._take(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _order(self, epoch: int) -> Tensor:
-        cached: dict[int, Tensor] = self.__dict__.setdefault("_orders", {})
-        if epoch not in cached:
+        if epoch not in self.orders:
             generator = torch.Generator().manual_seed(_key(self.config.seed, "epoch", epoch))
-            for old in [e for e in cached if e < epoch - 1]:
-                del cached[old]
-            cached[epoch] = self.training[torch.randperm(len(self.training), generator=generator)]
-        return cached[epoch]
+            order = self.training[torch.randperm(len(self.training), generator=generator)]
+            # A batch spans two epochs at most, where it does not hold several whole ones.
+            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
+        return self.orders[epoch]
 
     def _take(self, indices: Tensor) -> dict[str, Tensor]:
         return {name: value.to(self.reference) for name, value in self.data.take(indices).items()}
@@ -225,6 +225,7 @@ class _Trainer:
             if validation is not None:
                 record["validation"] = validation
             self.history.add(record)
+            _log.info("step %d: bound %.4f nats", self.step, record["bound"])
             if progress is not None:
                 progress(record)
         elif validation is not None:
@@ -381,11 +382,9 @@ class _Trainer:
         if not found.resume:
             raise InputError(f"`{self.out}` holds weights but no state of training. Train anew, into another folder.")
         ours, theirs = self.config.to_json(), found.config.to_json()
-        free = (
-            {"steps", "patience", "log_every", "checkpoint_every"}
-            if self.config.schedule == "constant"
-            else {"patience", "log_every", "checkpoint_every"}
-        )
+        free = {"patience", "log_every", "checkpoint_every"}
+        if self.config.schedule == "constant":  # else the rate depends on how many steps are to come
+            free.add("steps")
         changed = sorted(name for name in ours if name not in free and ours[name] != theirs[name])
         if changed:
             told = ", ".join(f"{name} was {theirs[name]}, is {ours[name]}" for name in changed)
