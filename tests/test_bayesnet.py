@@ -206,6 +206,12 @@ def test_values_that_do_not_fit(values, pattern, bound):
         bound(simple(), values())
 
 
+@pytest.mark.parametrize("bound", ENTRIES.values(), ids=ENTRIES)
+def test_no_rows_are_refused(bound):
+    with pytest.raises(InputError, match="no rows"):
+        bound(simple(), {"x": binary()[:0]})
+
+
 @pytest.mark.parametrize("kl", ["auto", "sampled"])
 @pytest.mark.parametrize(("ours", "theirs"), [(1, 50), (50, 1), (2, 3)])
 def test_event_shapes_of_the_two_sides_must_agree(ours, theirs, kl):

@@ -177,7 +177,7 @@ class VAE(nn.Module):
         self.config: ModelConfig | None = None
         """What `aevb.build_vae` made the model from; None for one composed by hand."""
         self.p, self.q = p, q
-        self.given = tuple(given)
+        self.given = (given,) if isinstance(given, str) else tuple(given)
         if set(self.given) != set(p.inputs):
             raise InputError(
                 f"p conditions on {_names(p.inputs)}, but `given` names {_names(self.given)}. "
@@ -206,16 +206,12 @@ class VAE(nn.Module):
             raise InputError(
                 f"{_names(lost)} of p is neither in `values` nor inferred by q. Give its values, or q a factor for it."
             )
-        order = tuple(node for node in self.q.nodes if node in hidden)
-        for node in order:
-            needed = [parent for parent in self.q.parents[node] if parent not in (*order, *values)]
-            if needed:
-                raise InputError(f"q({node} | ...) depends on {_names(needed)}, which `values` lacks. Give its values.")
-        return order
+        return tuple(node for node in self.q.nodes if node in hidden)
 
     @torch.no_grad()
     def posterior(self, values: Values) -> dict[str, td.Distribution]:
         """Q of each latent node at its parents' means: a deterministic embedding, `(N, *event)` each."""
+        self.require_sight([name for name, value in values.items() if bool(value.isnan().any())])
         known, found = dict(values), {}
         for node in self.latents(values):
             d = self.q.distribution(node, known)
@@ -223,12 +219,16 @@ class VAE(nn.Module):
             known[node] = found[node].mean
         return found
 
-    def blind_to_holes(self, names: Iterable[str]) -> str | None:
-        """The key of the first factor that takes one of `names` as parent without `Holes` to show what is missing."""
+    def require_sight(self, holes: Iterable[str]) -> None:
+        """Raise if a factor takes one of `holes`, names whose values hold NaN, as parent without `Holes` to see it."""
         for node, parents, factor in _factors(self):
-            if set(parents) & set(names) and not any(isinstance(module, Holes) for module in factor.modules()):
-                return f"{node} | {', '.join(parents)}"
-        return None
+            blind = set(parents) & set(holes)
+            if blind and not any(isinstance(module, Holes) for module in factor.modules()):
+                raise InputError(
+                    f"{_names(sorted(blind))} has missing entries (NaN), but the factor "
+                    f"'{node} | {', '.join(parents)}' cannot see what is missing. Wrap its net as Holes(net), with inputs "
+                    "for the values and the mask, or fill the entries."
+                )
 
 
 def _factors(vae: VAE) -> Iterator[tuple[str, tuple[str, ...], nn.Module]]:

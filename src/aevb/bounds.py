@@ -194,7 +194,10 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
     cast = {name: torch.as_tensor(value).to(reference) for name, value in values.items()}
     if torch.compiler.is_compiling():
         return cast
-    rows_of(cast)
+    if not rows_of(cast):
+        raise InputError("`values` has no rows; give at least one datum.")
+    if len(vae.latents(cast)) == len(vae.p.nodes):
+        raise InputError(f"`values` gives no node of p, which has {', '.join(vae.p.nodes)}. Give at least one.")
     for name, value in cast.items():
         if bool(value.isinf().any()):
             at = tuple(int(i) for i in value.isinf().nonzero()[0])
@@ -202,13 +205,7 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
                 f"`{name}` is infinite at {at}; values must be finite, or NaN for missing. Clean that entry."
             )
     holes = holes_in(cast)
-    if holes:
-        key = vae.blind_to_holes(holes)
-        if key is not None:
-            raise InputError(
-                f"`{', '.join(holes)}` has missing entries (NaN), but the factor {key!r} cannot see what is missing. "
-                "Wrap its net as Holes(net), with inputs for the values and the mask, or fill the entries."
-            )
+    vae.require_sight(holes)
     _check_support(vae, cast, holes)
     return cast
 
@@ -219,14 +216,23 @@ def _check_support(vae: VAE, values: Values, holes: Iterable[str]) -> None:
     with evaluating(vae), torch.random.fork_rng(devices=[]):
         known = dict(first)
         for node in vae.latents(first):
-            known[node] = draw(vae.q.distribution(node, known), torch.Size([1, 1]))
+            known[node] = draw(_named(vae.q, node, known), torch.Size([1, 1]))
         for node in vae.p.nodes:
             if node in values:
-                d = vae.p.distribution(node, known)
+                d = _named(vae.p, node, known)
                 check_event(node, values[node], d.event_shape)
                 if node in holes:
                     check_factorizes(d)
                 _refuse(node, values[node], d)
+
+
+def _named(net: BayesNet, node: str, known: Values) -> td.Distribution:
+    """The conditional of a node; what its net refuses is told with the factor's name."""
+    try:
+        return net.distribution(node, known)
+    except InputError as error:
+        came = ", ".join(f"{parent}: {tuple(known[parent].shape[1:])}" for parent in net.parents[node])
+        raise InputError(f"The factor of `{node}` cannot take one row of its parents ({came}). {error}") from None
 
 
 @contextlib.contextmanager
