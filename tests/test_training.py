@@ -70,7 +70,8 @@ def test_updates_are_those_of_torch_optim(update, optimizer, decay, clip, double
         reference.step()
         mixing = 1 - min(0.9, (1 + step) / (10 + step))
         average = [a.lerp(p.detach(), mixing) for a, p in zip(average, theirs, strict=True)]
-        found = update(state, [g.clone() for g in grads], torch.zeros(()), torch.tensor(1e-2), config)
+        found, ok = update(state, [g.clone() for g in grads], torch.zeros(()), torch.tensor(1e-2), config)
+        assert ok
         torch.testing.assert_close(found, norm)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state.average, average, rtol=1e-10, atol=1e-12)

@@ -226,8 +226,8 @@ class VAE(nn.Module):
             if blind and not any(isinstance(module, Holes) for module in factor.modules()):
                 raise InputError(
                     f"{_names(sorted(blind))} has missing entries (NaN), but the factor "
-                    f"'{node} | {', '.join(parents)}' cannot see what is missing. Wrap its net as Holes(net), with inputs "
-                    "for the values and the mask, or fill the entries."
+                    f"'{node} | {', '.join(parents)}' cannot see what is missing. Wrap its net as Holes(net), with "
+                    "inputs for the values and the mask, or fill the entries."
                 )
 
 

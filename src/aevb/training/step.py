@@ -99,14 +99,12 @@ class Step:
         loss, bound, found = self._loss(values, kl_weight)
         raw = torch.autograd.grad(loss, self.state.params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.state.params, raw, strict=True)]
-        norm = self.update(self.state, grads, loss, rate, self.config)
+        norm, ok = self.update(self.state, grads, loss, rate, self.config)
         with torch.no_grad():
             # Means over draws and data of terms that broadcast over either.
             divergences = [found.node_kl(node).flatten(0, -2).mean(0) for node in self.meter.groups]
             scalars = [bound, -loss, found.reconstruction.mean(), norm]
-            self.meter.add(
-                [s.detach().to(torch.get_default_dtype()) for s in scalars], divergences, (norm + loss).isfinite()
-            )
+            self.meter.add([s.detach().to(torch.get_default_dtype()) for s in scalars], divergences, ok)
 
     def _loss(self, values: Values, kl_weight: Tensor | float) -> tuple[Tensor, Tensor, Terms]:
         rows, samples = rows_of(values), self.config.samples
@@ -114,9 +112,10 @@ class Step:
             kl, reduce = OBJECTIVES[self.objective]
             found = terms(self.vae, values, samples, kl=kl, holes=self.holes)
             loss = -reduce(found, kl_weight, samples, rows).mean()
+            if isinstance(kl_weight, float) and kl_weight == 1.0:
+                return loss, -loss.detach(), found
             with torch.no_grad():
-                bound = reduce(found, 1.0, samples, rows).mean()
-            return loss, bound, found
+                return loss, reduce(found, 1.0, samples, rows).mean(), found
         weight = torch.as_tensor(kl_weight)
         loss = -self.objective(self.vae, values, kl_weight=weight).mean()
         with torch.no_grad():

@@ -59,8 +59,8 @@ class OptimizerState:
 @torch.no_grad()
 def update_eagerly(
     state: OptimizerState, grads: Sequence[Tensor], loss: Tensor, rate: Tensor | float, config: TrainConfig
-) -> Tensor:
-    """One update by torch's fused kernels; returns the norm of the gradient, `()`."""
+) -> tuple[Tensor, Tensor]:
+    """One update by torch's fused kernels; returns the norm of the gradient and whether the step was taken, `()`."""
     grads = list(grads)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     ok = (norm + loss).isfinite()
@@ -82,13 +82,13 @@ def update_eagerly(
     if state.average:
         mixing = _averaging(state.count, config)
         torch._foreach_lerp_(state.average, state.params, [mixing] * len(state.params))
-    return norm
+    return norm, ok
 
 
 @torch.no_grad()
 def update_traced(
     state: OptimizerState, grads: Sequence[Tensor], loss: Tensor, rate: Tensor | float, config: TrainConfig
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """As `update_eagerly`, in formulas that one graph can hold; nothing in it is a Python number that changes."""
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
     ok = (norm + loss).isfinite()
@@ -105,7 +105,7 @@ def update_traced(
         p.copy_(new)
         if mixing is not None:
             state.average[i].lerp_(new, mixing)
-    return norm
+    return norm, ok
 
 
 def _decay(p: Tensor, config: TrainConfig) -> float:
