@@ -186,7 +186,8 @@ def _tell_end(run: Run) -> None:
     if kept:
         best = max(kept, key=lambda record: record["validation"])
         print(f"kept the weights of step {best['step']} (validation ELBO {best['validation']:.2f} nats)")
-    print(f"trained {last['step']} steps in {last['seconds']:.0f} s; saved in {run.path}")
+    early = ", stopped early," if last["step"] < run.config.steps else ""
+    print(f"trained {last['step']} steps{early} in {last['seconds']:.0f} s; saved in {run.path}")
 
 
 def evaluate(
