@@ -27,7 +27,7 @@ LAYERS = [
     {"evaluate", "checkpoint"},
     {"training"},
     {"data"},
-    {"apps.summary"},
+    {"apps.summary", "apps.progress"},
     {"apps.check", "apps.report"},
     {"apps.cli"},
 ]

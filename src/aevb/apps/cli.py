@@ -11,8 +11,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -22,6 +21,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
+from aevb.apps.progress import rows_done, steps_done
 from aevb.config import InputError, Likelihood, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
         vae = build_vae(model_config, _rows_for_start(data))
     describe = data.describe() | {"command": source, "objective": objective}
     print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {model_config.likelihood}", flush=True)
-    with _progress(config, out) as progress:
+    with steps_done(config.steps) as progress:
         run = _fit(vae, data, config, objective, out, False, progress, describe)
     _tell_end(run)
 
@@ -152,7 +152,7 @@ def _go_on(folder: Path) -> None:
 
     run = load(folder)
     data = _load_again(run, None)
-    with _progress(run.config, folder, run.resume.get("numbers", {}).get("step", 0)) as progress:
+    with steps_done(run.config.steps, run.resume.get("numbers", {}).get("step", 0)) as progress:
         run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data)
     _tell_end(run)
 
@@ -294,7 +294,7 @@ def score(
 
     found = _open(run)
     values = {"x": _read(found, data)}
-    with _bar("scoring", len(values["x"]), quiet=json) as progress:
+    with rows_done("scoring", len(values["x"]), quiet=json) as progress:
         marginal = log_marginal(found.vae, values, samples, seed=seed, progress=progress)
     names = ("log_prob", "std_error", "ess", "pareto_k")
     write_rows(out, torch.stack([getattr(marginal, name) for name in names], 1).numpy(), names)
@@ -360,7 +360,7 @@ def _evaluate(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> 
 
     split, rows, _ = _test_rows(run, data)
     values = {"x": rows}
-    with _bar(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
+    with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
         marginal = log_marginal(run.vae, values, samples, seed=seed, progress=progress)
     return summarize(run.vae, values, marginal, seed=seed, split=split, data=_pixels(run))
 
@@ -460,42 +460,3 @@ def _rows_for_start(data: Data) -> Tensor:
     """Train rows whose mean the likelihood starts from; grey values have the mean of the pixels drawn from them."""
     rows = data.train.float() if not data.train.is_floating_point() else data.train
     return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows
-
-
-@contextmanager
-def _progress(config: TrainConfig, out: Path, start: int = 0) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A bar over the steps that shows the bound, in nats a datum."""
-    with _rich("training", config.steps, "bound {task.fields[bound]} nats, held out {task.fields[validation]}") as (
-        bar,
-        task,
-    ):
-        bar.update(task, completed=start)
-
-        def tell(record: dict[str, Any]) -> None:
-            told = {"validation": f"{record['validation']:.2f}"} if "validation" in record else {}
-            bar.update(task, completed=record["step"], bound=f"{record['bound']:.2f}", **told)
-
-        yield tell
-
-
-@contextmanager
-def _bar(text: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    with _rich(text, total, "", quiet) as (bar, task):
-        yield lambda advance: bar.advance(task, advance)
-
-
-@contextmanager
-def _rich(text: str, total: int, fields: str, quiet: bool = False) -> Iterator[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(fields),
-        TimeRemainingColumn(),
-    )
-    # To standard error: standard output is for figures.
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        yield bar, bar.add_task(text, total=total, bound="...", validation="...")
