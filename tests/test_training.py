@@ -277,7 +277,7 @@ class _Stop(Exception):
 @pytest.mark.parametrize("average", [0.99, 0.0])
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path, average) -> None:
     config = TrainConfig(
-        steps=120, batch_size=20, checkpoint_every=50, log_every=10, validate_every=20, average=average, clip_norm=5.0
+        steps=120, batch_size=20, checkpoint_every=45, log_every=10, validate_every=20, average=average, clip_norm=5.0
     )
     whole = aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "whole")
 

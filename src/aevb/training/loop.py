@@ -199,12 +199,14 @@ class _Trainer:
             began, dropped_in_row = time.monotonic() - self.seconds, 0
             while self.step < self.config.steps and not self.finished:
                 rate, weight = self._rate(self.step), self._kl_weight(self.step)
-                before = int(self.state.count) if self.state.count.device.type == "cpu" else None
+                # Reading a number back waits for the device: on a processor it costs nothing, elsewhere a log interval.
+                meter, look = self.inner.meter, self.reference.device.type == "cpu"
+                before = int(meter.dropped) if look else 0
                 take_step(self.batch(self.step), rate, weight)
-                self.inner.meter.steps += 1
-                if before is not None:
-                    taken = int(self.state.count) > before
-                    dropped_in_row = 0 if taken else self._dropped(dropped_in_row + 1, weight)
+                meter.steps += 1
+                if look or self.step % self.config.log_every == 0:
+                    fresh = int(meter.dropped) - before
+                    dropped_in_row = self._dropped(dropped_in_row + fresh, weight) if fresh else 0
                 self.step += 1
                 self.seconds = time.monotonic() - began
                 self._at_step(rate, weight, progress)
@@ -277,10 +279,10 @@ class _Trainer:
 
     def _dropped(self, in_row: int, weight: float) -> int:
         """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
-        if in_row == 1 or in_row == _MOST_DROPPED:
+        if in_row == 1 or in_row >= _MOST_DROPPED:
             cause = self.inner.explain(self.batch(self.step), weight)
             told = f"Step {self.step} is not finite and was left out: {cause}."
-            if in_row == _MOST_DROPPED:
+            if in_row >= _MOST_DROPPED:
                 if self.out is not None:
                     self.checkpoint()
                 raise FloatingPointError(
@@ -342,9 +344,11 @@ class _Trainer:
         tensors |= {f"param/{i}": p.detach() for i, p in enumerate(self.state.params)}
         tensors |= {f"buffer/{name}": value for name, value in self.vae.named_buffers()}
         tensors |= {f"best/{name}": value for name, value in (self.best or {}).items()}
+        tensors |= {"meter/sums": self.inner.meter.sums, "meter/dropped": self.inner.meter.dropped}
         numbers = {
             "step": self.step, "best_bound": self.best_bound, "stale": self.stale, "seconds": self.seconds,
-            "finished": self.finished, "rows": len(self.data), "threads": torch.get_num_threads(),
+            "finished": self.finished, "since_log": self.inner.meter.steps, "rows": len(self.data),
+            "threads": torch.get_num_threads(),
             "device": str(self.reference.device),
         }  # fmt: skip
         return Run(
@@ -375,6 +379,9 @@ class _Trainer:
         self.best = {name[5:]: value for name, value in tensors.items() if name.startswith("best/")} or None
         self.step, self.best_bound, self.stale = numbers["step"], numbers["best_bound"], numbers["stale"]
         self.seconds, self.finished = numbers["seconds"], numbers["finished"]
+        self.inner.meter.sums.copy_(tensors["meter/sums"])
+        self.inner.meter.dropped.copy_(tensors["meter/dropped"])
+        self.inner.meter.steps = numbers["since_log"]
         self.history.records[:] = found.history
         self.describe = self.describe or found.data
 
