@@ -66,7 +66,7 @@ def test_a_composed_model_is_compared(tmp_path) -> None:
     aevb.save(Run(vae=_composed(), config=TrainConfig(), history=[]), tmp_path / "run")
     with pytest.raises(aevb.InputError, match="composed by hand"):
         aevb.load(tmp_path / "run")
-    with pytest.raises(aevb.InputError, match=r"layers.0.weight: \(9, 2\) here, \(4, 2\) there"):
+    with pytest.raises(aevb.InputError, match=r"layers.0.weight: \(9, 2\) float32 here, \(4, 2\) float32 there"):
         aevb.load(tmp_path / "run", _composed(width=9))
     with pytest.raises(aevb.InputError, match="factors"):
         aevb.load(tmp_path / "run", aevb.build_vae(CONFIGS[0]))

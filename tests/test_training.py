@@ -94,7 +94,7 @@ def test_non_finite_step_changes_nothing(update, optimizer, where) -> None:
         torch.tensor(1e-2), config,
     )  # fmt: skip
     torch.testing.assert_close([p.detach() for p in params], kept, rtol=0, atol=0)
-    for name in ("first/0", "second/0", "count"):
+    for name in ("first/0", "second/0", "average/0", "count"):
         if name in before:
             torch.testing.assert_close(state.tensors()[name], before[name], rtol=0, atol=0)
 

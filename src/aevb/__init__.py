@@ -67,6 +67,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("data", "training"):  # packages that are spelt with their names: aevb.data.load
+        return importlib.import_module(f"aevb.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'aevb' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"aevb.{_HOME[name]}"), name)

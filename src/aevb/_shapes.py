@@ -29,6 +29,8 @@ def rows_of(values: Values) -> int:
     Raises:
         InputError: If there are none, or they disagree.
     """
+    if not isinstance(values, Mapping):
+        raise InputError(f"`values` must map node names to arrays; got {type(values).__name__}. Write {{'x': x}}.")
     if not values:
         raise InputError("`values` is empty; give at least one observed node, e.g. {'x': x}.")
     rows = {name: value.shape[0] if value.ndim else None for name, value in values.items()}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from aevb._shapes import Values, rows_of
 from aevb.config import InputError, ModelConfig
 from aevb.distributions import Noise, draw, log_prob
-from aevb.nets import Holes
 
 __all__ = ["VAE", "BayesNet"]
 
@@ -223,11 +222,11 @@ class VAE(nn.Module):
         """Raise if a factor takes one of `holes`, names whose values hold NaN, as parent without `Holes` to see it."""
         for node, parents, factor in _factors(self):
             blind = set(parents) & set(holes)
-            if blind and not any(isinstance(module, Holes) for module in factor.modules()):
+            if blind and not any(getattr(module, "sees_holes", False) for module in factor.modules()):
                 raise InputError(
                     f"{_names(sorted(blind))} has missing entries (NaN), but the factor "
                     f"'{node} | {', '.join(parents)}' cannot see what is missing. Wrap its net as Holes(net), with "
-                    "inputs for the values and the mask, or fill the entries."
+                    "inputs for the values and the mask (on the command line: train with --holes), or fill the entries."
                 )
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributions as td
@@ -133,6 +133,7 @@ def elbo(vae: VAE, values: Values, samples: int = 1, kl: Kl = "auto") -> Tensor:
         torch.Size([3])
     """
     _check_samples(samples)
+    _check_kl(kl)
     values = prepare(vae, values)
     return terms(vae, values, samples, kl=kl).weighted().expand(samples, rows_of(values)).mean(0)
 
@@ -191,9 +192,15 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
             support, and holes that a net cannot see.
     """
     reference = next(vae.parameters(), torch.empty(0))
-    cast = {name: torch.as_tensor(value).to(reference) for name, value in values.items()}
+    if not isinstance(values, Mapping):
+        rows_of(values)
+    given = {name: torch.as_tensor(value) for name, value in values.items()}
+    cast = {name: value.to(reference) for name, value in given.items()}
     if torch.compiler.is_compiling():
         return cast
+    for name, value in given.items():
+        if torch.finfo(reference.dtype).bits < 64 and value.dtype in (torch.float64, torch.int64, torch.int32):
+            _check_cast(name, value.double(), cast[name])
     if not rows_of(cast):
         raise InputError("`values` has no rows; give at least one datum.")
     if len(vae.latents(cast)) == len(vae.p.nodes):
@@ -208,6 +215,22 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
     vae.require_sight(holes)
     _check_support(vae, cast, holes)
     return cast
+
+
+def _check_cast(name: str, value: Tensor, cast: Tensor) -> None:
+    """Raise if the model's dtype holds the values, but not what tells them apart."""
+    lost = (value - cast.to(value)).abs().nan_to_num(0.0)
+    known = (~value.isnan()).sum(0).clamp(min=1)
+    spread = ((value - value.nansum(0) / known).square().nansum(0) / known).sqrt()
+    # A thousandth of a column's spread: far more than rounding, unless its offset is ten thousand times its spread.
+    worst = lost.amax(0) > 1e-3 * spread
+    if len(value) > 1 and bool((worst & (spread > 0)).any()):
+        at = tuple(int(i) for i in worst.nonzero()[0])
+        raise InputError(
+            f"`{name}` loses its differences in {str(cast.dtype).removeprefix('torch.')}, the model's dtype, at entry "
+            f"{at} of a row: its size is too far from its spread. Subtract its mean, or use the model in float64: "
+            "vae.double()."
+        )
 
 
 def _check_support(vae: VAE, values: Values, holes: Iterable[str]) -> None:
@@ -291,6 +314,11 @@ def _check_pair(node: str, q: td.Distribution, p: td.Distribution) -> None:
 def _check_samples(samples: int) -> None:
     if samples < 1:
         raise InputError(f"`samples` must be at least 1; got {samples}. Give a positive number of draws.")
+
+
+def _check_kl(kl: str) -> None:
+    if kl not in get_args(Kl):
+        raise InputError(f"`kl` must be one of {', '.join(get_args(Kl))}; got {kl!r}.")
 
 
 def _total(parts: Iterable[Tensor]) -> Tensor:

@@ -17,15 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from aevb.bayesnet import VAE
 from aevb.build import build_vae
 from aevb.config import InputError, ModelConfig, TrainConfig
 
-__all__ = ["Run", "load", "save", "write_atomically"]
+__all__ = ["Run", "explained", "load", "load_weights", "save", "write_atomically"]
 
 _FORMAT = 1
 _KEPT = 2
@@ -84,7 +84,7 @@ def save(run: Run, path: str | Path | None = None) -> Path:
     if run.resume:
         files["training.safetensors"] = safetensors.torch.save(run.resume["tensors"])
     files[_SUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}).encode()
-    with _explained(target):
+    with explained(target):
         return _write(target, files)
 
 
@@ -129,7 +129,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         InputError: If writing fails; a file that was there before is untouched.
     """
     partial = path.with_name(f".{path.name}.partial")
-    with _explained(path):
+    with explained(path):
         try:
             _write_file(partial, content)
             os.replace(partial, path)
@@ -178,7 +178,8 @@ def _sync_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written, as an InputError."""
     try:
         yield
     except OSError as error:
@@ -219,7 +220,7 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
                 f"`{target}` holds a model composed by hand ({keys}). Build it the same way and pass it: "
                 "aevb.load(path, vae)."
             )
-        vae = build_vae(ModelConfig.from_json(record["model"]))
+        vae = build_vae(ModelConfig.from_json(record["model"])).to(_dtype(files))
     factors = {"p": list(vae.p.keys), "q": list(vae.q.keys), "given": list(vae.given)}
     if factors != record["factors"]:
         raise InputError(
@@ -231,6 +232,7 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
     resume = {}
     if "training.safetensors" in files:
         resume = {"tensors": safetensors.torch.load(files["training.safetensors"]), "numbers": record["resume"]}
+    vae.eval()  # as `fit` left it
     return Run(
         vae=vae,
         config=TrainConfig.from_json(record["train"]),
@@ -241,10 +243,14 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
     )
 
 
+def _dtype(files: Mapping[str, bytes]) -> torch.dtype:
+    return next(iter(safetensors.torch.load(files["model.safetensors"]).values())).dtype
+
+
 def load_weights(vae: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
     """Put `weights` into `vae` once names and shapes are seen to agree."""
     own = vae.state_dict()
-    ours, theirs = ({name: tuple(value.shape) for name, value in state.items()} for state in (own, weights))
+    ours, theirs = ({name: _form(value) for name, value in state.items()} for state in (own, weights))
     if ours != theirs:
         odd = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         told = ", ".join(
@@ -252,6 +258,10 @@ def load_weights(vae: nn.Module, weights: Mapping[str, Tensor], origin: str) -> 
         )
         raise InputError(f"`vae` does not match {origin} in {len(odd)} tensors ({told}). Build it as it was saved.")
     vae.load_state_dict(dict(weights))
+
+
+def _form(value: Tensor) -> str:
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _unshare(vae: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

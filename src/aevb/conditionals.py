@@ -13,6 +13,7 @@ import torch.distributions as td
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aevb import distributions
 from aevb.config import InputError
 
 __all__ = [
@@ -217,7 +218,7 @@ class Binomial(nn.Module):
 
     def forward(self, *parents: Tensor) -> td.Distribution:
         """Parents, `(*, D_i)` each."""
-        return _independent(td.Binomial(self.total_count, logits=self.net(*parents), validate_args=False))
+        return _independent(distributions.Binomial(self.total_count, self.net(*parents)))
 
 
 def _independent(entries: td.Distribution) -> td.Distribution:

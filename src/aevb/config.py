@@ -50,6 +50,14 @@ class _Checked:
         if not holds:
             raise InputError(f"`{name}` must be {rule}; got {getattr(self, name)!r}. {remedy}")
 
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if field.type == "int" and (isinstance(value, bool) or not isinstance(value, int)):
+                raise InputError(f"`{field.name}` must be a whole number; got {value!r}. Write it without a point.")
+            if field.type == "float" and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise InputError(f"`{field.name}` must be a number; got {value!r}.")
+
     def _check_choice(self, name: str, choices: object) -> None:
         allowed = get_args(choices)
         self._check(name, f"one of {', '.join(allowed)}", getattr(self, name) in allowed, "Choose one of these names.")
@@ -85,6 +93,7 @@ class ModelConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Check every field."""
+        self._check_types()
         self._check("features", "at least 1", self.features >= 1, "Give data with at least one column.")
         self._check_choice("likelihood", Likelihood)
         self._check_choice("noise", Noise)
@@ -101,6 +110,10 @@ class ModelConfig(_Checked):
             raise InputError(
                 f"`total_count` goes with likelihood binomial and only there; got total_count={self.total_count} "
                 f"with likelihood {self.likelihood}. Give the largest possible count, e.g. --total-count 16."
+            )
+        if self.noise != "dimension" and self.likelihood != "normal":
+            raise InputError(
+                f"`noise` goes with likelihood normal only; got {self.noise} with {self.likelihood}. Drop it."
             )
         if self.total_count is not None:
             self._check("total_count", "at least 1", self.total_count >= 1, "Give the largest possible count.")
@@ -154,6 +167,7 @@ class TrainConfig(_Checked):
 
     def __post_init__(self) -> None:
         """Check every field."""
+        self._check_types()
         self._check_choice("optimizer", Optimizer)
         self._check_choice("schedule", Schedule)
         for name in ("steps", "batch_size", "samples", "validate_every", "log_every", "checkpoint_every"):

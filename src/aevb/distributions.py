@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol, final
 
 import torch
 import torch.distributions as td
+import torch.nn.functional as F
 from torch import Tensor
 
 from aevb.config import InputError
 
 __all__ = [
     "CLOSED_KL",
+    "Binomial",
     "Noise",
     "check_factorizes",
     "closed_kl",
@@ -29,6 +31,8 @@ __all__ = [
     "support_violation",
 ]
 
+_Shape = torch.Size | list[int] | tuple[int, ...]
+_NO_SHAPE = torch.Size()
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -50,6 +54,59 @@ def _base(d: td.Distribution) -> td.Distribution:
         base: td.Distribution = d.base_dist
         return base
     return d
+
+
+@final
+class Binomial(td.Distribution):
+    r"""Counts out of n, elementwise; torch's own loses 25 nats over 64 entries at n = 1e6 in float32.
+
+    The terms of :math:`\log \binom{n}{x} + x\, l - n \log(1 + e^l)` are as large as n and cancel. The coefficient has
+    no gradient and is taken in float64, on the values' own axes; above n = 1000 the rest is, too.
+
+    Args:
+        total_count: n.
+        logits: l, `(*batch,)`.
+    """
+
+    arg_constraints: ClassVar[dict[str, td.constraints.Constraint]] = {}
+
+    def __init__(self, total_count: int, logits: Tensor) -> None:
+        self.total_count, self.logits = total_count, logits
+        super().__init__(logits.shape, validate_args=False)
+
+    @property
+    def support(self) -> td.constraints.Constraint:
+        """0, 1, ..., n."""
+        return td.constraints.integer_interval(0, self.total_count)
+
+    @property
+    def mean(self) -> Tensor:
+        """N pi."""
+        return self.total_count * self.logits.sigmoid()
+
+    @property
+    def variance(self) -> Tensor:
+        """N pi (1 - pi)."""
+        return self.total_count * self.logits.sigmoid() * (-self.logits).sigmoid()
+
+    def expand(self, batch_shape: _Shape, _instance: object = None) -> Binomial:
+        """The same over more leading axes."""
+        return Binomial(self.total_count, self.logits.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: _Shape = _NO_SHAPE) -> Tensor:
+        """Counts `(*sample_shape, *batch)`."""
+        with torch.no_grad():
+            probs = self.logits.sigmoid().expand(torch.Size(sample_shape) + self.batch_shape)
+            return torch.binomial(torch.full_like(probs, self.total_count), probs)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-mass in nats, elementwise."""
+        n, x = self.total_count, value.double()
+        coefficient = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
+        if n > 1000:
+            logits = self.logits.double()
+            return (coefficient + x * logits - n * F.softplus(logits)).to(self.logits.dtype)
+        return coefficient.to(self.logits.dtype) + (value * self.logits - n * F.softplus(self.logits))
 
 
 def draw(d: td.Distribution, shape: torch.Size, noise: Noise | None = None) -> Tensor:
@@ -184,8 +241,9 @@ def _kl_normal_normal(q: td.Distribution, p: td.Distribution) -> Tensor:
     a, b = _base(q), _base(p)
     assert isinstance(a, td.Normal)
     assert isinstance(b, td.Normal)
-    ratio = (a.scale / b.scale).square()
-    return 0.5 * (ratio + ((a.loc - b.loc) / b.scale).square() - 1.0 - ratio.log())
+    ratio = a.scale / b.scale
+    # log of the ratio, not of its square, which underflows first
+    return 0.5 * (ratio.square() + ((a.loc - b.loc) / b.scale).square() - 1.0) - ratio.log()
 
 
 def _kl_full_normal(q: td.Distribution, p: td.Distribution) -> Tensor:

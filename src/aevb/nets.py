@@ -82,6 +82,8 @@ class MLP(nn.Module):
 class Holes(nn.Module):
     """Shows `net` which entries are missing: `net(filled..., mask...)`, NaN becoming 0 in `filled` and in `mask`.
 
+    A net that handles NaN in another way says so by an attribute `sees_holes = True`.
+
     Args:
         net: Takes the filled parents, then their masks (1 where known, 0 where missing), each `(*, D_i)`: twice the
             width.
@@ -92,6 +94,8 @@ class Holes(nn.Module):
         >>> net(torch.tensor([[1.0, float("nan"), 0.0]])).isfinite().all().item()
         True
     """
+
+    sees_holes = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

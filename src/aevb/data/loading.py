@@ -11,7 +11,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.data.binary import Binarize, check_binarize, draw_once, full_grey
 from aevb.data.dataset import Data
-from aevb.data.rows import Rows, column_name, grey_of, rows_of
+from aevb.data.rows import Rows, column_name, grey_of, rows_from
 from aevb.data.sources import open_source
 
 __all__ = ["load"]
@@ -61,8 +61,8 @@ def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop
     """
     check_binarize(binarize, seed)
     stored = open_source(source)
-    train = rows_of(stored.train)
-    test = None if stored.test is None else rows_of(stored.test)
+    train = rows_from(stored.train)
+    test = None if stored.test is None else rows_from(stored.test)
     if len(train.x) < 2:
         raise InputError(f"{train.where} has one row; a model of one row would only repeat it. Give at least two rows.")
     if test is not None:

@@ -17,7 +17,7 @@ from aevb.data.binary import Binarize, check_binarize, check_grey, draw_once
 from aevb.data.files import Part, listed, shown
 from aevb.data.sources import open_source
 
-__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_of"]
+__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_from"]
 
 _FLOAT32_WHOLE = 2**24  # up to here float32 tells every whole number from the next
 _FLOAT64_WHOLE = 2**53
@@ -41,7 +41,7 @@ def column_name(columns: Sequence[str] | None, j: int) -> str:
     return columns[j] if columns is not None else f"column {j}"
 
 
-def rows_of(part: Part) -> Rows:
+def rows_from(part: Part) -> Rows:
     """Checks what a file held and makes tensors of it.
 
     Raises:
@@ -167,7 +167,7 @@ def read_rows(
         raise InputError(f"`part` must be train or test; got {part!r}. Choose one of these names.")
     source = open_source(path)
     chosen = source.test if part == "test" and source.test is not None else source.train
-    rows = rows_of(chosen)
+    rows = rows_from(chosen)
     picked: list[int] | None
     if columns is not None and rows.named and rows.columns is not None:
         picked = _by_name(rows.where, rows.columns, columns, kept, dropped)

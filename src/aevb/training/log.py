@@ -36,7 +36,6 @@ class History:
         if self.path is None:
             return
         if not self.started:  # also after a resume: rows past the checkpoint are not the run's
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(
                 self.path, _lines([dict(zip(self.columns, self.columns, strict=True)), *self.records], self.columns)
             )
@@ -47,7 +46,8 @@ class History:
                 file.write(_lines([record], self.columns))
         except OSError as error:
             raise InputError(
-                f"Could not write `{self.path}`: {error.strerror}. Free space, and resume the run."
+                f"Could not write `{self.path}`: {error.strerror}. Free space; the run can be resumed from its last "
+                "checkpoint, if it has one."
             ) from error
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aevb._shapes import rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
-from aevb.checkpoint import Run, load, load_weights, save
+from aevb.checkpoint import Run, explained, load, load_weights, save
 from aevb.config import InputError, TrainConfig
 from aevb.training.log import History, Interrupt
 from aevb.training.step import OBJECTIVES, Objective, Step, can_compile
@@ -100,6 +100,9 @@ def fit(
         raise InputError(f"`{target}` exists already; a run is never overwritten. Choose another folder, or resume it.")
     if resume and target is None:
         raise InputError("`resume` needs the folder of the run in `out`.")
+    if target is not None and not resume:
+        with explained(target):
+            target.mkdir(parents=True)
     try:
         with torch.random.fork_rng(), Interrupt() as interrupt:
             trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}))
@@ -118,6 +121,11 @@ class _Arrays:
     """Arrays in memory, in their own dtype; a batch is one index."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
+        if not isinstance(data, Mapping):
+            raise InputError(
+                f"`data` must map node names to arrays, or have len and take(indices); got {type(data).__name__}. "
+                "Write {'x': x}."
+            )
         self.values = {name: torch.as_tensor(value) for name, value in data.items()}
         self.rows = rows_of(self.values)
 
@@ -136,7 +144,7 @@ class _Trainer:
         out: Path | None, describe: dict[str, Any],
     ) -> None:  # fmt: skip
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
-        self.data = _Arrays(data) if isinstance(data, Mapping) else data
+        self.data = data if isinstance(data, Dataset) else _Arrays(data)
         self.training, self.held_out = split_rows(len(self.data), config)
         self.batch_size = min(config.batch_size, len(self.training))
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
@@ -404,7 +412,7 @@ class _Trainer:
             if numbers[name] != value:
                 raise InputError(
                     f"`{self.out}` was trained with {name} {numbers[name]}, now {value}; the run would not be the "
-                    f"same. Resume it with the same {name}."
+                    f"same. Resume it with the same {name} (threads: torch.set_num_threads, or OMP_NUM_THREADS)."
                 )
 
     def finish(self) -> Run:

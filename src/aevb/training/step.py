@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +60,8 @@ class Meter:
     def read(self) -> dict[str, Any]:
         """Means since the last call, with the KL by node and dimension, and the count of dropped steps."""
         dropped = int(self.dropped)
-        means = (self.sums / max(1, self.steps - dropped)).tolist()
+        taken = self.steps - dropped
+        means = (self.sums / taken if taken else torch.full_like(self.sums, math.nan)).tolist()
         record: dict[str, Any] = dict(zip(self.names, means, strict=False))
         record["dropped"] = dropped
         offset = len(self.names)
@@ -75,14 +78,31 @@ class Meter:
         return record
 
 
+def _check_objective(objective: Objective, vae: VAE, values: Values) -> None:
+    parameters = inspect.signature(objective).parameters
+    if "kl_weight" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise InputError(
+            "`objective` must take `(vae, values, **tensors)`, since it is handed kl_weight. "
+            "Wrap it: lambda vae, values, **tensors: ..."
+        )
+    found = objective(vae, values, kl_weight=torch.ones(()))
+    if found.shape != (rows_of(values),):
+        raise InputError(
+            f"`objective` must return one number a datum, ({rows_of(values)},); got {tuple(found.shape)}. "
+            "Sum over events, average over draws, and leave the data."
+        )
+
+
 class Step:
     """Bound, gradient, clipping, update, averaging and sums for one batch."""
 
     def __init__(
         self, vae: VAE, objective: str | Objective, state: OptimizerState, config: TrainConfig, holes: tuple[str, ...]
     ) -> None:
-        if isinstance(objective, str) and objective not in OBJECTIVES:
+        if objective not in OBJECTIVES if isinstance(objective, str) else not callable(objective):
             raise InputError(f"`objective` must be one of {', '.join(OBJECTIVES)}, or a function; got {objective!r}.")
+        if objective == "iwae" and config.samples < 2:
+            raise InputError("`objective` iwae with one draw is elbo with more variance. Give `samples` of 2 or more.")
         self.vae, self.objective, self.state, self.config, self.holes = vae, objective, state, config, holes
         self.update = update_eagerly
         self.meter = Meter({}, state.count.device)
@@ -92,6 +112,8 @@ class Step:
         kl: Kl = OBJECTIVES[self.objective][0] if isinstance(self.objective, str) else "auto"
         with torch.no_grad():
             found = terms(self.vae, values, 1, kl=kl, holes=self.holes)
+            if not isinstance(self.objective, str):
+                _check_objective(self.objective, self.vae, values)
         self.meter = Meter({node: found.node_kl(node).shape[-1] for node in found.latents}, self.state.count.device)
 
     def __call__(self, values: Values, rate: Tensor | float, kl_weight: Tensor | float) -> None:

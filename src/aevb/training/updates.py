@@ -80,7 +80,7 @@ def update_eagerly(
             weight_decay=decay, eps=_EPS, amsgrad=False, maximize=False, found_inf=(~ok).to(torch.float32),
         )  # fmt: skip
     if state.average:
-        mixing = _averaging(state.count, config)
+        mixing = _averaging(state.count, config) * ok
         torch._foreach_lerp_(state.average, state.params, [mixing] * len(state.params))
     return norm, ok
 
@@ -94,7 +94,7 @@ def update_traced(
     ok = (norm + loss).isfinite()
     clip = (config.clip_norm / (norm + _TINY)).clamp(max=1.0) if config.clip_norm else None
     state.count.add_(ok)
-    mixing = _averaging(state.count, config) if state.average else None
+    mixing = _averaging(state.count, config) * ok if state.average else None
     for i, (p, raw) in enumerate(zip(state.params, grads, strict=True)):
         g = raw if clip is None else raw * clip
         decay = _decay(p, config)
