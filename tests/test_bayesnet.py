@@ -391,6 +391,15 @@ def test_log_prob_of_a_network_refuses_what_would_broadcast(shape):
         BayesNet({"z": StandardNormal(50)}).log_prob({"z": torch.zeros(shape)})
 
 
+@pytest.mark.parametrize("offset", [1e9, 1e40])
+def test_values_that_the_models_dtype_cannot_tell_apart_are_refused(offset):
+    x = torch.randn(30, 3, dtype=torch.float64)
+    x[:, 1] += offset
+    vae = aevb.build_vae(aevb.ModelConfig(features=3, latents=2)).float()
+    with pytest.raises(InputError, match="`x`"):
+        aevb.elbo(vae, {"x": x})
+
+
 # Context: p(x, z | c).
 
 

@@ -72,6 +72,19 @@ def test_a_composed_model_is_compared(tmp_path) -> None:
         aevb.load(tmp_path / "run", aevb.build_vae(CONFIGS[0]))
 
 
+def test_dtype_and_mode_come_back(tmp_path) -> None:
+    run = _run()
+    run.vae.double()
+    aevb.save(run, tmp_path)
+    again = aevb.load(tmp_path).vae
+    assert {p.dtype for p in again.parameters()} == {torch.float64}
+    assert not again.training
+    vae = _composed()
+    aevb.save(Run(vae=vae, config=TrainConfig(), history=[]), tmp_path / "composed")
+    with pytest.raises(aevb.InputError, match="float64 here"):
+        aevb.load(tmp_path / "composed", _composed().double())
+
+
 def test_two_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path) -> None:
     for step in range(4):
         run = _run()

@@ -102,7 +102,7 @@ def test_help_lists_the_verbs_and_every_configuration_field() -> None:
         assert verb in listed
     flags = succeed("train", "--help")
     for field in (*fields(ModelConfig), *fields(TrainConfig)):
-        if field.name not in ("features", "holes"):
+        if field.name != "features":
             assert f"--{field.name.replace('_', '-')}" in flags, field.name
 
 
@@ -221,6 +221,7 @@ MISTAKES = {
     "too many latents": (lambda d: ["digits", "--latents", 10_001], "`latents` must be between 1 and 10000"),
     "too large a batch": (lambda d: ["digits", "--samples", 10**9], "GiB"),
     "not binary": (lambda d: ["digits", "--total-count", 16, "--likelihood", "bernoulli"], "`total_count` goes with"),
+    "iwae of one": (lambda d: ["digits", "--objective", "iwae"], "`samples` of 2 or more"),
     "no data": (lambda d: [], "needs DATA"),
 }
 
@@ -231,6 +232,68 @@ def test_each_mistake_ends_in_one_sentence_and_no_run(name, tmp_path) -> None:
     message = refuse("train", *words(tmp_path), "--out", tmp_path / "run")
     assert expected in message
     assert not (tmp_path / "run").exists()
+
+
+def test_an_out_that_cannot_be_made_is_told_before_training(tmp_path) -> None:
+    file = _write(tmp_path / "file.csv", "a,b\n1,2\n3,4\n")
+    assert "Could not write" in refuse("train", "digits", "--out", file / "run")
+
+
+def test_resume_takes_no_settings_and_no_finished_run(digits) -> None:
+    assert "other settings have no effect" in refuse("train", "--resume", digits, "--steps", 90)
+    assert "is finished" in refuse("train", "--resume", digits)
+
+
+def test_a_model_of_whole_rows_scores_rows_with_holes_if_asked_to(tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    whole, holed = tmp_path / "whole.npy", tmp_path / "holed.npy"
+    x = rng.normal(size=(80, 3)).astype(np.float32)
+    np.save(whole, x)
+    x[:5, 1] = np.nan
+    np.save(holed, x[:10])
+    blind, seeing = tmp_path / "blind", tmp_path / "seeing"
+    succeed("train", whole, "--out", blind, *FAST)
+    assert "train with --holes" in refuse("score", blind, holed, "--out", tmp_path / "a.csv")
+    succeed("train", whole, "--out", seeing, "--holes", *FAST)
+    succeed("score", seeing, holed, "--out", tmp_path / "a.csv", "--samples", 20)
+
+
+def test_an_offset_changes_no_likelihood(tmp_path) -> None:
+    """Times in seconds since 1970: float32 has steps of 128 there."""
+    x = np.random.default_rng(0).normal(size=(200, 2)) * 10
+    found = []
+    for name, offset in (("near", 0.0), ("far", 1.7e9)):
+        np.save(tmp_path / f"{name}.npy", np.round(x * 64) / 64 + offset)
+        succeed("train", tmp_path / f"{name}.npy", "--out", tmp_path / name, *FAST)
+        found.append(json.loads(succeed("evaluate", tmp_path / name, "--samples", 200, "--json")))
+    near, far = found
+    assert abs(near["log_prob"] - far["log_prob"]) < 0.02 + 4 * (near["monte_carlo_error"] + far["monte_carlo_error"])
+
+
+def test_a_report_is_of_the_weights_it_shows(digits) -> None:
+    """An evaluation of other weights is made anew."""
+    succeed("evaluate", digits, "--samples", 50)
+    stale = json.loads((digits / "evaluation.json").read_text()) | {"weights": "others", "log_prob": -1.0}
+    (digits / "evaluation.json").write_text(json.dumps(stale))
+    succeed("report", digits, "--samples", 60)
+    fresh = json.loads((digits / "evaluation.json").read_text())
+    assert fresh["samples"] == 60
+    assert fresh["log_prob"] < -50
+    assert str(digits.parent) not in (digits / "report.html").read_text()
+
+
+def test_equal_rows_share_their_draws_and_the_error_says_so(digits, tmp_path) -> None:
+    row = np.tile(np.arange(64) % 17, (40, 1)).astype(np.float32)
+    for name, rows in (("one", row[:1]), ("forty", row)):
+        np.save(tmp_path / f"{name}.npy", rows)
+    one, forty = (
+        json.loads(
+            succeed("score", digits, tmp_path / f"{n}.npy", "--out", tmp_path / f"{n}.csv", "--samples", 40, "--json")
+        )
+        for n in ("one", "forty")
+    )
+    assert forty["monte_carlo_error"] == pytest.approx(one["monte_carlo_error"], rel=1e-3)
+    assert one["std_error"] is None
 
 
 def test_an_out_that_exists_is_left_alone(digits, tmp_path) -> None:
@@ -255,7 +318,7 @@ def test_data_that_changed_since_training_are_refused(table, tmp_path) -> None:
     run = tmp_path / "run"
     succeed("train", table, "--out", run, *FAST)
     table.write_text(table.read_text() + "1,2,3\n")
-    assert "content has changed" in refuse("evaluate", run)
+    assert "its content is another" in refuse("evaluate", run)
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(digits, tmp_path, monkeypatch) -> None:

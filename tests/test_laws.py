@@ -492,3 +492,16 @@ def test_the_printed_density_of_algorithm_2_is_none():
         assert abs(float(sigma.sqrt().prod()) - 1) > 0.01
         assert float(right.exp().sum()) * area == pytest.approx(1.0, abs=1e-9)
         torch.testing.assert_close(right, d.log_prob(points).detach(), rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("n", [1, 16, 255, 1000, 1001, 65_535, 1_000_000])
+def test_binomial_keeps_its_digits_in_float32(n):
+    """Against scipy, whose terms do not cancel; the logits themselves are rounded to 2^-24 of their size, times n."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=200).astype(np.float32))
+    probs = 1 / (1 + np.exp(-logits.double().numpy()))
+    counts = rng.binomial(n, probs)
+    found = Binomial(lambda: logits, n)().log_prob(torch.from_numpy(counts.astype(np.float32)))
+    exact = stats.binom(n, probs).logpmf(counts).sum()
+    terms = (n * np.logaddexp(0, logits.numpy())).sum() if n <= 1000 else 0.0  # the float32 branch rounds these
+    assert abs(float(found) - exact) < 2**-22 * (abs(exact) + terms) + 1e-9 * n

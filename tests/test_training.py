@@ -382,6 +382,29 @@ def test_a_batch_that_cannot_fit_memory_is_refused() -> None:
         aevb.fit(_model(), {"x": _rows()}, TrainConfig(samples=10**10))
 
 
+def test_an_objective_that_does_not_fit_is_told() -> None:
+    config, data = TrainConfig(steps=1), {"x": _rows()}
+    with pytest.raises(aevb.InputError, match="must take"):
+        aevb.fit(_model(), data, config, objective=aevb.elbo)
+    with pytest.raises(aevb.InputError, match="one number a datum"):
+        aevb.fit(_model(), data, config, objective=lambda vae, values, **_: aevb.elbo(vae, values).mean())
+    with pytest.raises(aevb.InputError, match="`objective` must be one of"):
+        aevb.fit(_model(), data, config, objective=None)
+    with pytest.raises(aevb.InputError, match="got Tensor"):
+        aevb.fit(_model(), _rows(), config)
+
+
+def test_dropped_steps_leave_no_figure() -> None:
+    x = _rows(20)
+    vae = _model()
+    with torch.no_grad():
+        next(vae.q.parameters())[0, 0] = math.inf
+    history = []
+    with pytest.raises(FloatingPointError):
+        aevb.fit(vae, {"x": x}, TrainConfig(steps=50, log_every=5, validation=0.0), progress=history.append)
+    assert all(math.isnan(record["bound"]) and record["dropped"] == 5 for record in history)
+
+
 def test_unknown_objective_and_untrainable_models_are_refused() -> None:
     with pytest.raises(aevb.InputError, match="`objective` must be one of elbo, iwae"):
         aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=1), objective="vi")

@@ -89,7 +89,7 @@ class ModelConfig(_Checked):
     posterior: Posterior = "diagonal"
     """Covariance of q(z | x)."""
     holes: bool = False
-    """Let the encoder see which entries are missing (NaN)."""
+    """Let the encoder see which entries are missing (NaN); on by itself where the data have any."""
 
     def __post_init__(self) -> None:
         """Check every field."""

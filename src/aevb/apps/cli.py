@@ -76,7 +76,7 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name in ("features", "holes"):
+        if field.name == "features":
             continue
         kind, default, metavar = hints[field.name], field.default, None
         if field.name == "likelihood":
@@ -118,6 +118,9 @@ def train(
         training: The training.
     """
     if resume is not None:
+        told = (data, out, objective, binarize, drop_constant, model, training)
+        if told != ("", None, "elbo", "none", False, _ModelFlags(), TrainConfig()):
+            raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         _go_on(resume)
         return
     if not data or out is None:
@@ -137,9 +140,15 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
     data = _load(source)
     model_config = _model_config(model, data)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        vae = build_vae(model_config, _rows_for_start(data))
+    before = torch.get_default_dtype()
+    try:
+        # Values that float32 cannot tell apart, such as times in seconds, are read as float64 and modelled so.
+        torch.set_default_dtype(torch.float64 if data.train.dtype == torch.float64 else before)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            vae = build_vae(model_config, _rows_for_start(data))
+    finally:
+        torch.set_default_dtype(before)
     describe = data.describe() | {"command": source, "objective": objective}
     print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {model_config.likelihood}", flush=True)
     with steps_done(config.steps) as progress:
@@ -148,11 +157,17 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
 
 
 def _go_on(folder: Path) -> None:
-    from aevb.checkpoint import load
+    import torch
 
-    run = load(folder)
+    run = _open(folder)
+    so_far = run.resume["numbers"]
+    if so_far["finished"] or so_far["step"] >= run.config.steps:
+        raise InputError(
+            f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
+        )
+    torch.set_num_threads(so_far["threads"])  # another number would round otherwise
     data = _load_again(run, None)
-    with steps_done(run.config.steps, run.resume.get("numbers", {}).get("step", 0)) as progress:
+    with steps_done(run.config.steps, so_far["step"]) as progress:
         run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data)
     _tell_end(run)
 
@@ -230,10 +245,11 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
     """
     import torch
 
-    from aevb.data import write_rows
+    from aevb.data import check_destination, write_rows
 
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}. Give the number of rows to draw.")
+    check_destination(out)
     found = _open(run)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -254,8 +270,9 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
     import torch
 
     from aevb.bounds import evaluating, prepare
-    from aevb.data import write_rows
+    from aevb.data import check_destination, write_rows
 
+    check_destination(out)
     found = _open(run)
     with evaluating(found.vae):
         posterior = found.vae.posterior(prepare(found.vae, {"x": _read(found, data)}))
@@ -289,9 +306,10 @@ def score(
     import torch
 
     from aevb.apps.summary import summarize
-    from aevb.data import write_rows
+    from aevb.data import check_destination, write_rows
     from aevb.evaluate import log_marginal
 
+    check_destination(out)
     found = _open(run)
     values = {"x": _read(found, data)}
     with rows_done("scoring", len(values["x"]), quiet=json) as progress:
@@ -304,23 +322,22 @@ def score(
         print(f"written to {out}")
 
 
-def report(run: Annotated[Path, tyro.conf.Positional], samples: int = 5000, data: str | None = None) -> None:
+def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = None, data: str | None = None) -> None:
     """Write report.html into a run: figures, curves, reconstructions, samples and the latent space.
 
     Args:
         run: Folder of the run.
-        samples: Importance samples a row, where the run was not evaluated yet.
+        samples: Importance samples a row; those of the last `aevb evaluate` if it was of these weights, else 5000.
         data: Where the data are now, if they have moved since training.
     """
     from aevb.apps.report import write_report
-    from aevb.apps.summary import Summary
+    from aevb.apps.summary import Summary, weights_of
 
     found = _open(run)
     source = _load_again(found, data)
-    if (run / _EVALUATION).exists():
-        summary = Summary.load(run / _EVALUATION)
-    else:
-        summary = _evaluate(found, source, samples, 0, quiet=False)
+    summary = Summary.load(run / _EVALUATION) if (run / _EVALUATION).exists() else None
+    if summary is None or summary.weights != weights_of(found.vae) or samples not in (None, summary.samples):
+        summary = _evaluate(found, source, samples or 5000, 0, quiet=False)
         summary.save(run / _EVALUATION)
     _, rows, labels = _test_rows(found, source)
     write_report(
@@ -415,8 +432,8 @@ def _load_again(run: Run, moved: str | None) -> Data:
     data = _load(run.data["command"] | ({"source": moved} if moved else {}))
     if data.describe()["sha256"] != run.data["sha256"]:
         raise InputError(
-            f"{data.name} is not what the run was trained on: its content has changed. Restore the file, or name it "
-            "with --data."
+            f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
+            "where it is now with --data."
         )
     return data
 
@@ -440,10 +457,11 @@ def _model_config(model: dict[str, Any], data: Data) -> ModelConfig:
         given["total_count"] = data.total_count
     if given["likelihood"] == "normal" and data.constant:
         raise InputError(
-            f"{data.name}: {', '.join(data.constant[:10])} constant in the train rows, and the scale of a normal "
-            "likelihood would go to zero there. Leave them out with --drop-constant."
+            f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
+            "normal likelihood would go to zero there. Leave them out with --drop-constant."
         )
-    return ModelConfig(features=data.features, holes=bool(data.train.isnan().any()), **given)
+    given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
+    return ModelConfig(features=data.features, **given)
 
 
 def _likelihood(data: Data) -> Likelihood:

@@ -207,12 +207,12 @@ def _story(run: Run) -> dict[str, Any]:
         ("parameters", f"{sum(p.numel() for p in run.vae.parameters()):,}"),
         ("training steps", f"{last['step']:,}" if "step" in last else "unknown"),
         ("training time", f"{last['seconds']:.1f} s" if "seconds" in last else "unknown"),
-        *([("saved in", str(run.path))] if run.path else []),
+        *([("saved in", run.path.name)] if run.path else []),
     ]
     return {
         "model": factors + story,
         "tables": {
-            "Data": list(_flat(run.data)),
+            "Data": list(_flat({name: value for name, value in run.data.items() if name != "command"})),
             "Model configuration": list(_flat(run.vae.config.to_json())) if run.vae.config else [],
             "Training configuration": list(_flat(run.config.to_json())),
         },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -10,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
 from aevb._shapes import Values
 from aevb.bayesnet import VAE
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 from aevb.evaluate import Marginal, active_units
 
-__all__ = ["ACTIVE_ABOVE", "UNTRUSTED_ABOVE", "Summary", "summarize"]
+__all__ = ["ACTIVE_ABOVE", "UNTRUSTED_ABOVE", "Summary", "summarize", "weights_of"]
 
 ACTIVE_ABOVE = 0.01
 """Var_x E_q[z | x] above which a dimension counts as active (Burda et al., 2016, section 5.2)."""
@@ -42,6 +46,7 @@ class Summary:
     latent_spread: dict[str, list[float]]  # latent node to Var_x E_q[z | x] by dimension
     features: int
     data: str = ""  # what the rows are, their binarisation included
+    weights: str = ""  # fingerprint of the weights that were evaluated
 
     @property
     def gap(self) -> float:
@@ -51,7 +56,8 @@ class Summary:
     @property
     def headline(self) -> str:
         """The line that ends an evaluation."""
-        return f"{self.split} log p(x) = {self.log_prob:.2f} ± {self.std_error:.2f} nats ({self.samples} samples)"
+        error = f" ± {self.std_error:.2f}" if math.isfinite(self.std_error) else ""  # one row tells no spread
+        return f"{self.split} log p(x) = {self.log_prob:.2f}{error} nats ({self.samples} samples)"
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
@@ -69,7 +75,8 @@ class Summary:
         tail = f"k-hat > {UNTRUSTED_ABOVE} in {self.untrusted} of {self.rows} rows"
         if self.samples < _LEAST_FOR_K:
             tail = f"k-hat needs {_LEAST_FOR_K} samples or more"
-        return f"importance sampling is a lower bound: Monte-Carlo error {self.monte_carlo_error:.3f} nats, {tail}"
+        error = f"{self.monte_carlo_error:.3f} nats" if math.isfinite(self.monte_carlo_error) else "needs two samples"
+        return f"importance sampling is a lower bound: Monte-Carlo error {error}, {tail}"
 
     def lines(self) -> list[str]:
         """The whole evaluation as the terminal shows it; the headline is last."""
@@ -78,13 +85,17 @@ class Summary:
         return [*(f"{name:<{width}}  {figure}" for name, figure in facts), self.caveat, self.headline]
 
     def to_json(self) -> dict[str, Any]:
-        """Fields, and the gap, in full precision."""
-        return dataclasses.asdict(self) | {"gap": self.gap}
+        """Fields, and the gap, in full precision; what is not a number is None, since JSON has no NaN."""
+        fields = dataclasses.asdict(self) | {"gap": self.gap}
+        return {
+            name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()
+        }
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{name: value for name, value in fields.items() if name != "gap"})
+        known: dict[str, Any] = {n: math.nan if value is None else value for n, value in fields.items() if n != "gap"}
+        return cls(**known)
 
     def save(self, path: Path) -> None:
         """Write `to_json` to a file, whole or not at all."""
@@ -116,11 +127,28 @@ def summarize(
         seed=seed,
         log_prob=float(marginal.log_prob.mean()),
         std_error=float(marginal.log_prob.std()) / math.sqrt(rows) if rows > 1 else math.nan,
-        monte_carlo_error=float(marginal.std_error.square().sum().sqrt()) / rows,
+        monte_carlo_error=_error_of_mean(values, marginal.std_error),
         elbo=float(marginal.elbo.mean()),
         untrusted=int((~(marginal.pareto_k <= UNTRUSTED_ABOVE)).sum()),
         active={node: [sum(v > ACTIVE_ABOVE for v in dims), len(dims)] for node, dims in spread.items()},
         latent_spread=spread,
         features=sum(value[0].numel() for value in values.values()),
         data=data,
+        weights=weights_of(vae),
     )
+
+
+def weights_of(vae: VAE) -> str:
+    """Fingerprint of a model's weights: an evaluation of other weights is no evaluation of it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, value in vae.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _error_of_mean(values: Values, std_error: Tensor) -> float:
+    """Monte-Carlo error of the mean over rows: equal rows share their draws, so that their errors add up whole."""
+    content = torch.cat([value.flatten(1).double().nan_to_num(math.pi) for value in values.values()], 1)
+    group = content.unique(dim=0, return_inverse=True)[1]
+    sums = torch.zeros(int(group.max()) + 1, dtype=std_error.dtype).index_add(0, group, std_error)
+    return float(sums.square().sum().sqrt()) / len(std_error)

@@ -19,7 +19,7 @@ from aevb.config import InputError
 from aevb.data.files import reason
 from aevb.data.tables import are_numbers, check_names, polars
 
-__all__ = ["write_rows"]
+__all__ = ["check_destination", "write_rows"]
 
 
 def write_rows(
@@ -49,11 +49,7 @@ def write_rows(
         'z1,z2\n0.1,2.0\n'
     """
     path = Path(path)
-    writer = _WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise InputError(
-            f"`{path}` must end in {', '.join(_WRITERS)}; got {path.suffix!r}. Choose one of these suffixes."
-        )
+    check_destination(path, overwrite=overwrite)
     rows = _table(array)
     names = [f"x{j + 1}" for j in range(rows.shape[1])] if columns is None else list(columns)
     if len(names) != rows.shape[1]:
@@ -61,9 +57,8 @@ def write_rows(
             f"`columns` must have {rows.shape[1]} names, one a column; got {len(names)}. Name every column."
         )
     check_names(names, "`columns`")
-    _check_place(path, overwrite)
     with _replacing(path) as file:
-        writer(file, rows, names)
+        _WRITERS[path.suffix.lower()](file, rows, names)
 
 
 def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
@@ -82,11 +77,23 @@ def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
     return rows.astype(dtype, copy=False)
 
 
-def _check_place(path: Path, overwrite: bool) -> None:
+def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raise what `write_rows` would of its path, before the work whose result is to be written.
+
+    Example:
+        >>> check_destination("codes.txt")
+        Traceback (most recent call last):
+        aevb.config.InputError: `codes.txt` must end in .npy, .csv, .parquet; got '.txt'. Choose one of these suffixes.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in _WRITERS:
+        raise InputError(
+            f"`{path}` must end in {', '.join(_WRITERS)}; got {path.suffix!r}. Choose one of these suffixes."
+        )
     if os.path.isdir(path):
         raise InputError(f"`{path}` is a folder. Give the path of a file.")
     if os.path.lexists(path) and not overwrite:
-        raise InputError(f"`{path}` exists already. Choose another name, or allow it to be overwritten.")
+        raise InputError(f"`{path}` exists already. A file is never overwritten unasked. Choose another name.")
     if not os.path.isdir(path.parent):
         raise InputError(f"`{path}` cannot be written: there is no folder `{path.parent}`. Create it first.")
 
