@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aevb.bounds import elbo, iwae, log_weights, terms
     from aevb.build import build_vae
     from aevb.checkpoint import Run, load, save
-    from aevb.conditionals import Bernoulli, Binomial, DiagonalNormal, FullNormal, Normal, StandardNormal
+    from aevb.conditionals import Bernoulli, Binomial, Conditional, DiagonalNormal, FullNormal, Normal, StandardNormal
     from aevb.config import InputError, ModelConfig, TrainConfig
     from aevb.evaluate import Marginal, active_units, log_marginal
     from aevb.nets import MLP, Holes, Standardize
@@ -26,7 +26,15 @@ _HOMES = {
     "bounds": ("elbo", "iwae", "log_weights", "terms"),
     "build": ("build_vae",),
     "checkpoint": ("Run", "load", "save"),
-    "conditionals": ("Bernoulli", "Binomial", "DiagonalNormal", "FullNormal", "Normal", "StandardNormal"),
+    "conditionals": (
+        "Bernoulli",
+        "Binomial",
+        "Conditional",
+        "DiagonalNormal",
+        "FullNormal",
+        "Normal",
+        "StandardNormal",
+    ),
     "config": ("InputError", "ModelConfig", "TrainConfig"),
     "evaluate": ("Marginal", "active_units", "log_marginal"),
     "nets": ("MLP", "Holes", "Standardize"),
@@ -41,6 +49,7 @@ __all__ = [
     "BayesNet",
     "Bernoulli",
     "Binomial",
+    "Conditional",
     "DiagonalNormal",
     "FullNormal",
     "Holes",

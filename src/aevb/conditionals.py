@@ -6,7 +6,7 @@ Every distribution is built with `validate_args=False`: values are checked once,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, final
 
 import torch
 import torch.distributions as td
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 
-@runtime_checkable
 class Conditional(Protocol):
     """A module that maps its parents' values, each `(*, D_i)`, to a distribution with batch shape `(*,)`."""
 
