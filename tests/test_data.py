@@ -874,8 +874,10 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, suffix, call, there):
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"aevb.data.writing.os.{call}", fail)
-    with pytest.raises(InputError, match="could not be written: No space left on device; nothing was changed"):
+    monkeypatch.setattr(f"aevb.checkpoint.os.{call}", fail)
+    with pytest.raises(
+        InputError, match=r"Could not write .*No space left on device. What was there before is untouched"
+    ):
         write_rows(path, np.eye(2), overwrite=True)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == ([(path.name, b"precious")] if there else [])
 
@@ -884,7 +886,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("aevb.data.writing.os.fsync", interrupt)
+    monkeypatch.setattr("aevb.checkpoint.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_rows(tmp_path / "a.npy", np.eye(2))
     assert list(tmp_path.iterdir()) == []

@@ -133,9 +133,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         try:
             _write_file(partial, content)
             os.replace(partial, path)
-            _sync_folder(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the file is there; not every system can flush a folder
+            _sync_folder(path.parent)
 
 
 def _write(target: Path, files: Mapping[str, bytes]) -> Path:

@@ -81,12 +81,12 @@ class Binomial(td.Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """N pi."""
+        """Expected count, n pi."""
         return self.total_count * self.logits.sigmoid()
 
     @property
     def variance(self) -> Tensor:
-        """N pi (1 - pi)."""
+        """Spread of the count, n pi (1 - pi)."""
         return self.total_count * self.logits.sigmoid() * (-self.logits).sigmoid()
 
     def expand(self, batch_shape: _Shape, _instance: object = None) -> Binomial:

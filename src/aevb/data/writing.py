@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from aevb.checkpoint import write_atomically
 from aevb.config import InputError
-from aevb.data.files import reason
 from aevb.data.tables import are_numbers, check_names, polars
 
 __all__ = ["check_destination", "write_rows"]
@@ -57,8 +55,7 @@ def write_rows(
             f"`columns` must have {rows.shape[1]} names, one a column; got {len(names)}. Name every column."
         )
     check_names(names, "`columns`")
-    with _replacing(path) as file:
-        _WRITERS[path.suffix.lower()](file, rows, names)
+    write_atomically(path, _WRITERS[path.suffix.lower()](rows, names))
 
 
 def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
@@ -98,49 +95,26 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
         raise InputError(f"`{path}` cannot be written: there is no folder `{path.parent}`. Create it first.")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"`{path}` could not be written: {error.strerror or reason(error)}; nothing was changed. "
-            "Free space, or choose a folder that you may write to."
-        ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # the rename reaches the disk with the folder; not every system can flush one
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+def _npy(rows: NDArray[Any], names: list[str]) -> bytes:
+    content = io.BytesIO()
+    np.save(content, rows, allow_pickle=False)
+    return content.getvalue()
 
 
-def _write_npy(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
-    np.save(file, rows, allow_pickle=False)
-
-
-def _write_csv(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
+def _csv(rows: NDArray[Any], names: list[str]) -> bytes:
     if all(are_numbers(names)):
         raise InputError(
             "`columns` are all numbers, which a CSV reader takes for data. Give at least one name a letter."
         )
     content = io.BytesIO()
     _frame(rows, names).write_csv(content)
-    file.write(content.getbuffer())
+    return content.getvalue()
 
 
-def _write_parquet(file: BinaryIO, rows: NDArray[Any], names: list[str]) -> None:
+def _parquet(rows: NDArray[Any], names: list[str]) -> bytes:
     content = io.BytesIO()
     _frame(rows, names).write_parquet(content)
-    file.write(content.getbuffer())
+    return content.getvalue()
 
 
 def _frame(rows: NDArray[Any], names: list[str]) -> Any:
@@ -150,8 +124,8 @@ def _frame(rows: NDArray[Any], names: list[str]) -> Any:
     return polars().from_numpy(rows, schema=names, orient="row")
 
 
-_WRITERS: dict[str, Callable[[BinaryIO, NDArray[Any], list[str]], None]] = {
-    ".npy": _write_npy,
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
+_WRITERS: dict[str, Callable[[NDArray[Any], list[str]], bytes]] = {
+    ".npy": _npy,
+    ".csv": _csv,
+    ".parquet": _parquet,
 }
