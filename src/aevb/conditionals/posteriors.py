@@ -1,0 +1,74 @@
+"""Gaussian posteriors, whose draws are reparameterized."""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+import torch.distributions as td
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aevb.conditionals.form import check_out, check_width, independent
+
+__all__ = ["DiagonalNormal", "FullNormal"]
+
+
+@final
+class DiagonalNormal(nn.Module):
+    r"""Factorized Gaussian :math:`N(\mu(a), \operatorname{diag} \sigma^2(a))` given its parents `a`.
+
+    Args:
+        net: Returns `(*, 2 D)`: :math:`\mu`, then what softplus turns into :math:`\sigma`.
+
+    Example:
+        >>> from aevb import MLP
+        >>> DiagonalNormal(MLP(784, [200], 2 * 50))(torch.zeros(3, 784)).event_shape
+        torch.Size([50])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        check_width("DiagonalNormal", net, lambda width: width >= 2 and width % 2 == 0, "2 D, a mean and a scale each")
+        self.net = net
+
+    def forward(self, *parents: Tensor) -> td.Distribution:
+        """Parents, `(*, D_i)` each."""
+        out = self.net(*parents)
+        check_out("DiagonalNormal", out, out.shape[-1] // 2 * 2)
+        loc, raw = out.chunk(2, dim=-1)
+        # softplus, not exp: exp overflows past 88.7 in float32, and its gradient is as large as its value.
+        return independent(td.Normal(loc, F.softplus(raw), validate_args=False))
+
+
+@final
+class FullNormal(nn.Module):
+    r"""Gaussian with full covariance, built as in Algorithm 2 of the notes.
+
+    :math:`(\mu, s, L') = \operatorname{net}(a)`, :math:`\sigma = \operatorname{softplus}(s)`,
+    :math:`L = L_{\text{mask}} \odot L' + \operatorname{diag} \sigma` with ones below the diagonal of
+    :math:`L_{\text{mask}}` and zeros elsewhere; :math:`z = \mu + L \epsilon`, :math:`\Sigma = L L^T`.
+
+    Args:
+        net: Returns `(*, 2 D + D * D)`: :math:`\mu`, :math:`s`, and :math:`L'` row by row.
+        dims: D.
+
+    Example:
+        >>> from aevb import MLP
+        >>> FullNormal(MLP(4, [8], 2 * 3 + 3 * 3), 3)(torch.zeros(5, 4)).covariance_matrix.shape
+        torch.Size([5, 3, 3])
+    """
+
+    def __init__(self, net: nn.Module, dims: int) -> None:
+        super().__init__()
+        wanted = 2 * dims + dims * dims
+        check_width("FullNormal", net, lambda width: width == wanted, f"2 D + D * D = {wanted} for D = {dims}")
+        self.net, self.dims = net, dims
+
+    def forward(self, *parents: Tensor) -> td.Distribution:
+        """Parents, `(*, D_i)` each."""
+        out = self.net(*parents)
+        check_out("FullNormal", out, 2 * self.dims + self.dims**2)
+        loc, raw, rows = out.split([self.dims, self.dims, self.dims**2], dim=-1)
+        tril = rows.unflatten(-1, (self.dims, self.dims)).tril(-1) + torch.diag_embed(F.softplus(raw))
+        return td.MultivariateNormal(loc, scale_tril=tril, validate_args=False)

@@ -1,0 +1,79 @@
+"""Log-densities with the missing entries integrated out, and what a support does not hold."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+from aevb.config import InputError
+
+__all__ = ["base_of", "check_factorizes", "log_prob", "support_violation"]
+
+
+def base_of(d: td.Distribution) -> td.Distribution:
+    """The distribution of one entry, where entries are independent given the parents; else `d` itself."""
+    if isinstance(d, td.Independent) and d.reinterpreted_batch_ndims == len(d.event_shape):
+        base: td.Distribution = d.base_dist
+        return base
+    return d
+
+
+def log_prob(d: td.Distribution, value: Tensor, known: Tensor | None = None) -> Tensor:
+    r"""Log-density in nats with the unknown entries integrated out, event axes summed.
+
+    Args:
+        d: Density of `value`.
+        value: `(*, *event)`; anything, NaN included, where `known` is false.
+        known: True where `value` is given; None if it is throughout.
+
+    Returns:
+        :math:`\log p(x_{\text{known}})`, `(*,)`.
+
+    Raises:
+        InputError: If entries are missing and `d` does not factorize over them.
+    """
+    if known is None:
+        return d.log_prob(value)
+    check_factorizes(d)
+    base = base_of(d)
+    # The density never sees the NaN: where() after log_prob would keep it out of the value but not of the gradient.
+    entries = base.log_prob(torch.where(known, value, _filler(base)))
+    entries = torch.where(known, entries, 0.0)
+    return entries.sum(tuple(range(-len(d.event_shape), 0))) if d.event_shape else entries
+
+
+def check_factorizes(d: td.Distribution) -> None:
+    """Raise unless the entries of `d` are independent given the parents, so that single ones can be left out."""
+    if base_of(d) is d and d.event_shape:
+        raise InputError(
+            f"{type(d).__name__} does not factorize over its entries, so missing ones cannot be integrated out. "
+            "Use a factorized likelihood, or fill the missing entries."
+        )
+
+
+def _filler(base: td.Distribution) -> float | Tensor:
+    """A value inside the support of every entry, found without reading a tensor (this runs inside compiled steps)."""
+    support = base.support
+    lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if lower is None:
+        return 0.0
+    if upper is None:
+        return lower + 1.0  # type: ignore[no-any-return]
+    return lower if support.is_discrete else 0.5 * (lower + upper)  # type: ignore[union-attr, no-any-return]
+
+
+def support_violation(d: td.Distribution, value: Tensor) -> tuple[int, ...] | None:
+    """Index into `value` `(N, *event)` of the first entry outside the support of `d`, NaN passing as missing.
+
+    Args:
+        d: A distribution whose support does not depend on the row, its batch shape all ones or empty.
+        value: Data.
+    """
+    base = base_of(d)
+    inside = base.support.check(torch.where(value.isnan(), _filler(base), value))  # type: ignore[union-attr]
+    # Bounds that are tensors carry the leading axes of `d`, all ones.
+    inside = inside.reshape(inside.shape[max(0, inside.ndim - value.ndim) :])
+    if bool(inside.all()):
+        return None
+    return tuple(int(i) for i in (~inside).nonzero()[0])

@@ -1,0 +1,102 @@
+r"""Drawing with the density of the draw.
+
+The reparameterization (notes, *Reparameterization trick*): with :math:`z = g(\epsilon, \phi, x)`,
+:math:`\log q(z) = \log p(\epsilon) - \log |\det \partial z / \partial \epsilon|`.
+For Gaussians the pair is read off the noise, so that drawing with the density solves no triangular system.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+from aevb.config import InputError
+from aevb.distributions.density import base_of
+
+__all__ = ["Noise", "draw", "reparameterize", "rsample_and_log_prob"]
+
+_LOG_2PI = math.log(2 * math.pi)
+
+
+class Noise(Protocol):
+    """Where draws come from, when not from torch's current generator."""
+
+    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Standard normals of `shape`, with the dtype and device of `like`."""
+        ...
+
+    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
+        """A reparameterized draw `(*shape, *event)` of a distribution whose own noise is not known to be normal."""
+        ...
+
+
+def draw(d: td.Distribution, shape: torch.Size, noise: Noise | None = None) -> Tensor:
+    r"""The notes' :math:`g(\epsilon, \phi, x)`: one draw for each of the leading axes `shape`.
+
+    Args:
+        d: Its batch shape broadcasts to `shape`.
+        shape: Leading axes, `(K, N)`.
+        noise: Source of randomness; torch's current generator if None.
+
+    Returns:
+        `(*shape, *event)`, differentiable in the parameters of `d`.
+
+    Raises:
+        InputError: If `d` has no reparameterized draw.
+    """
+    return reparameterize(d, shape, noise)[0]
+
+
+def rsample_and_log_prob(d: td.Distribution, shape: torch.Size, noise: Noise | None = None) -> tuple[Tensor, Tensor]:
+    """A draw `(*shape, *event)` with its log-density in nats, `(*shape,)`; arguments as for `draw`.
+
+    A distribution may bring its own method of this name (a flow, which would otherwise invert itself).
+
+    Example:
+        >>> z, log_q = rsample_and_log_prob(td.Independent(td.Normal(torch.zeros(2), 1.0), 1), torch.Size([5]))
+        >>> z.shape, log_q.shape
+        (torch.Size([5, 2]), torch.Size([5]))
+    """
+    z, log_density = reparameterize(d, shape, noise)
+    return z, log_density()
+
+
+def reparameterize(
+    d: td.Distribution, shape: torch.Size, noise: Noise | None = None
+) -> tuple[Tensor, Callable[[], Tensor]]:
+    """As `rsample_and_log_prob`, with the log-density computed only when asked for: a closed-form KL needs none."""
+    if hasattr(d, "rsample_and_log_prob"):
+        z, log_density = d.rsample_and_log_prob(shape, noise)
+        return z, lambda: log_density
+    base, full = base_of(d), shape + d.event_shape
+    if type(base) is td.Normal:  # not a subclass, whose draws are its own
+        loc, scale = base.loc, base.scale
+        eps = _normal(full, loc, noise)
+        dims = tuple(range(-len(d.event_shape), 0))
+        if not dims:
+            return loc + scale * eps, lambda: -0.5 * (eps.square() + _LOG_2PI) - scale.log()
+        return loc + scale * eps, lambda: (-0.5 * (eps.square() + _LOG_2PI) - scale.log()).sum(dims)
+    if type(d) is td.MultivariateNormal:
+        tril = d.scale_tril
+        eps = _normal(full, d.loc, noise)
+        z = d.loc + (tril @ eps.unsqueeze(-1)).squeeze(-1)
+        return z, lambda: -0.5 * (eps.square() + _LOG_2PI).sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    if not d.has_rsample:
+        raise InputError(
+            f"{type(base).__name__} has no reparameterized draw, so it cannot be latent under this bound. "
+            "Use a continuous family in q, or give the node's values."
+        )
+    expanded = d.expand(shape)
+    sample = expanded.rsample() if noise is None else noise.rsample(expanded, shape)
+    return sample, lambda: expanded.log_prob(sample)
+
+
+def _normal(shape: torch.Size, like: Tensor, noise: Noise | None) -> Tensor:
+    if noise is None:
+        return torch.randn(shape, dtype=like.dtype, device=like.device)
+    return noise.normal(shape, like)
