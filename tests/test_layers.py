@@ -21,6 +21,7 @@ LAYERS = [
     {"_shapes"},
     {"nets", "distributions"},
     {"conditionals"},
+    {"flows"},
     {"bayesnet"},
     {"build"},
     {"bounds"},

@@ -44,6 +44,7 @@ def closed_kl(q: td.Distribution, p: td.Distribution) -> Tensor | None:
     """KL(q || p) in nats by independent groups of dimensions, `(*, G)`, to be summed over G; None if no form is known.
 
     Example:
+        >>> import torch
         >>> unit = td.Independent(td.Normal(torch.zeros(3), torch.ones(3)), 1)
         >>> closed_kl(unit, unit)
         tensor([0., 0., 0.])

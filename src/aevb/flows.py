@@ -1,0 +1,1 @@
+"""Conditionals made of normalizing flows."""
