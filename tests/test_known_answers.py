@@ -83,7 +83,7 @@ class Points:
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
         assert shape[0] == len(self.points)
-        return self.points.unsqueeze(1).expand(shape)
+        return self.points.reshape(len(self.points), *(1,) * (len(shape) - 2), -1).expand(shape)
 
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
         raise AssertionError("only Gaussians are asked for here")

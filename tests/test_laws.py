@@ -17,9 +17,30 @@ import torch.distributions as td
 from scipy import stats
 from torch import Tensor, nn
 
-from aevb import MLP, BayesNet, Bernoulli, Binomial, DiagonalNormal, FullNormal, InputError, Normal, StandardNormal
+from aevb import (
+    MLP,
+    BayesNet,
+    Bernoulli,
+    Binomial,
+    DiagonalNormal,
+    FullNormal,
+    InputError,
+    Normal,
+    StandardNormal,
+    distributions,
+)
+from aevb.conditionals import (
+    AutoregressiveBernoulli,
+    BetaBinomial,
+    DiscretizedLogistic,
+    NegativeBinomial,
+    Poisson,
+    StudentT,
+    ZeroInflatedNegativeBinomial,
+)
 from aevb.distributions import (
     CLOSED_KL,
+    check_factorizes,
     closed_kl,
     draw,
     log_prob,
@@ -48,6 +69,10 @@ class Entries:
         return self.entries(x).sum(-1)
 
 
+class HeavyTailed(Entries):
+    """As `Entries`, with tails that a Gaussian's ten standard deviations do not hold."""
+
+
 class Joint:
     """Gaussian with any covariance."""
 
@@ -58,7 +83,56 @@ class Joint:
         return stats.multivariate_normal(self.mean, self.cov).logpdf(x)
 
 
-Oracle = Entries | Joint
+class Chain:
+    """Two binary entries, the second given the first."""
+
+    def __init__(self, first: float, second: tuple[float, float]) -> None:
+        self.masses = np.array([[(1 - first) * (1 - second[0]), (1 - first) * second[0]],
+                                [first * (1 - second[1]), first * second[1]]])  # fmt: skip
+        self.mean = np.array([self.masses[1].sum(), self.masses[:, 1].sum()])
+        both = self.masses[1, 1] - self.mean.prod()
+        self.cov = np.where(np.eye(2, dtype=bool), self.mean * (1 - self.mean), both)
+
+    def log(self, x: np.ndarray) -> np.ndarray:
+        return np.log(self.masses[x[..., 0].astype(int), x[..., 1].astype(int)])
+
+
+class ZeroInflated:
+    """What scipy lacks: zero with probability pi, else a draw of `counts`."""
+
+    def __init__(self, pi: np.ndarray, counts: Any) -> None:
+        self.pi, self.counts = pi, counts
+
+    def logpmf(self, x: np.ndarray) -> np.ndarray:
+        return np.log(self.pi * (x == 0) + (1 - self.pi) * self.counts.pmf(x))
+
+    def mean(self) -> np.ndarray:
+        return (1 - self.pi) * self.counts.mean()
+
+    def var(self) -> np.ndarray:  # E X^2 - (E X)^2
+        return (1 - self.pi) * (self.counts.var() + self.counts.mean() ** 2) - self.mean() ** 2
+
+    def sf(self, x: float) -> np.ndarray:
+        return (1 - self.pi) * self.counts.sf(x)
+
+
+class Levels:
+    """Masses `(L, D)` of levels 0, ..., L - 1."""
+
+    def __init__(self, masses: np.ndarray) -> None:
+        self.masses, self.levels = masses, np.arange(len(masses))
+
+    def logpmf(self, x: np.ndarray) -> np.ndarray:
+        return np.log(np.take_along_axis(self.masses, x.astype(int).reshape(-1, D), 0).reshape(x.shape))
+
+    def mean(self) -> np.ndarray:
+        return self.levels @ self.masses
+
+    def var(self) -> np.ndarray:
+        return self.levels**2 @ self.masses - self.mean() ** 2
+
+
+Oracle = Entries | Joint | Chain
 
 
 def softplus(raw: np.ndarray) -> np.ndarray:
@@ -96,17 +170,62 @@ def binomial(module: nn.Module, out: np.ndarray) -> Oracle:
     return Entries(stats.binom(module.total_count, 1 / (1 + np.exp(-out))))
 
 
+def betabinomial(module: nn.Module, out: np.ndarray) -> Oracle:
+    a, b = np.exp(out[D:]) / (1 + np.exp(-out[:D])), np.exp(out[D:]) / (1 + np.exp(out[:D]))
+    return Entries(stats.betabinom(module.total_count, a, b))
+
+
+def student(module: nn.Module, out: np.ndarray) -> Oracle:
+    gauss = normal(module, out).frozen
+    df = 1 + softplus(module.raw_df.detach().numpy())
+    return HeavyTailed(stats.t(df, gauss.mean(), gauss.std()))
+
+
+def poisson(module: nn.Module, out: np.ndarray) -> Oracle:
+    return Entries(stats.poisson(np.exp(out)))
+
+
+def negative_binomial(module: nn.Module, out: np.ndarray) -> Oracle:
+    mu = np.exp(out[:D])
+    theta = np.exp(out[D : 2 * D] if module.dispersion == "datum" else module.log_theta.detach().numpy() * np.ones(D))
+    return Entries(stats.nbinom(theta, theta / (theta + mu)))
+
+
+def zero_inflated(module: nn.Module, out: np.ndarray) -> Oracle:
+    return Entries(ZeroInflated(1 / (1 + np.exp(-out[-D:])), negative_binomial(module, out).frozen))
+
+
+def levels(module: nn.Module, out: np.ndarray) -> Oracle:
+    parts = out.reshape(-1, D, module.components)
+    half = 0.5 * (module.levels - 1)
+    rounded = stats.logistic(half * (1 + parts[0]), half * softplus(parts[1]) + 0.005)
+    ends = np.array([-np.inf, *(np.arange(module.levels - 1) + 0.5), np.inf])
+    masses = np.diff(rounded.cdf(ends[:, None, None]), axis=0)  # (L, D, M)
+    weights = np.exp(parts[2]) if module.components > 1 else np.ones((D, 1))
+    return Entries(Levels((masses * weights).sum(-1) / weights.sum(-1)))
+
+
+def chain(module: nn.Module, out: np.ndarray) -> Oracle:
+    """D = 2: the first entry's logit is a bias, the hidden units see the first entry, the second entry sees them."""
+    inner, outer = (layer.weight.detach().numpy() for layer in module.layers)
+    h = out[:-D, None] + inner[:, :1] * np.array([[0.0, 1.0]])
+    second = out[-1] + outer[1] @ (h / (1 + np.exp(-h)))
+    return Chain(1 / (1 + np.exp(-out[-2])), tuple(1 / (1 + np.exp(-second))))
+
+
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     parents: tuple[int, ...]  # widths
     oracle: Callable[[nn.Module, np.ndarray], Oracle]  # from the net's output in one row
-    states: tuple[int, ...] = ()  # of an entry, where it is discrete
+    states: tuple[int, ...] = ()  # of an entry, where it is discrete: all, or all but 1e-12 of the mass
     bad: tuple[float, ...] = ()  # values outside the support
 
 
 def net(outputs: int, inputs: int = 3) -> MLP:
     return MLP(inputs, [4], outputs, "tanh")
 
+
+COUNTS = (-1.0, 2.5)  # no counts
 
 CASES = {
     "StandardNormal": Case(lambda: StandardNormal(D), (), standard),
@@ -121,10 +240,43 @@ CASES = {
     "Normal, datum, units": Case(lambda: Normal(net(2 * D), D, "datum", *units()), (3,), normal),
     "Bernoulli": Case(lambda: Bernoulli(net(D)), (3,), bernoulli, (0, 1), (0.5, -1.0, 2.0)),
     "Binomial": Case(lambda: Binomial(net(D), 5), (3,), binomial, tuple(range(6)), (6.0, -1.0, 2.5)),
+    "BetaBinomial": Case(lambda: BetaBinomial(net(2 * D), 5), (3,), betabinomial, tuple(range(6)), (6.0, -1.0, 2.5)),
+    "StudentT, global, units": Case(lambda: StudentT(net(D), D, "global", *units()), (3,), student),
+    "StudentT, dimension": Case(lambda: StudentT(net(D), D), (3,), student),
+    "StudentT, datum, units": Case(lambda: StudentT(net(2 * D), D, "datum", *units()), (3,), student),
+    "Poisson": Case(lambda: Poisson(net(D)), (3,), poisson, tuple(range(160)), COUNTS),
+    "NegativeBinomial, global": Case(
+        lambda: NegativeBinomial(net(D), D, "global"), (3,), negative_binomial, tuple(range(500)), COUNTS
+    ),
+    "NegativeBinomial, dimension": Case(
+        lambda: NegativeBinomial(net(D), D), (3,), negative_binomial, tuple(range(500)), COUNTS
+    ),
+    "NegativeBinomial, datum": Case(
+        lambda: NegativeBinomial(net(2 * D), D, "datum"), (3,), negative_binomial, tuple(range(500)), COUNTS
+    ),
+    "ZeroInflatedNegativeBinomial, dimension": Case(
+        lambda: ZeroInflatedNegativeBinomial(net(2 * D), D), (3,), zero_inflated, tuple(range(500)), COUNTS
+    ),
+    "ZeroInflatedNegativeBinomial, datum": Case(
+        lambda: ZeroInflatedNegativeBinomial(net(3 * D), D, "datum"), (3,), zero_inflated, tuple(range(500)), COUNTS
+    ),
+    "DiscretizedLogistic": Case(
+        lambda: DiscretizedLogistic(net(2 * D), 8), (3,), levels, tuple(range(8)), (8.0, -1.0, 2.5)
+    ),
+    "DiscretizedLogistic, two levels": Case(
+        lambda: DiscretizedLogistic(net(2 * D), 2), (3,), levels, (0, 1), (2.0, -1.0, 0.5)
+    ),
+    "DiscretizedLogistic, mixture": Case(
+        lambda: DiscretizedLogistic(net(3 * 4 * D), 256, 4), (3,), levels, tuple(range(256)), (256.0, -1.0, 2.5)
+    ),
+    "AutoregressiveBernoulli": Case(
+        lambda: AutoregressiveBernoulli(net(3 + D), D, [3]), (3,), chain, (0, 1), (0.5, -1.0, 2.0)
+    ),
 }
 CONTINUOUS = [name for name, case in CASES.items() if not case.states]
 DISCRETE = [name for name, case in CASES.items() if case.states]
-FACTORIZED = [name for name, case in CASES.items() if case.oracle is not full]
+GAUSSIAN = [name for name in CONTINUOUS if CASES[name].oracle is not student]  # drawn from standard normals
+FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, chain)]
 
 
 def units() -> tuple[Tensor, Tensor]:
@@ -145,7 +297,7 @@ def build(name: str, seed: int = 0) -> Built:
     module = case.make()
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.copy_(0.6 * torch.randn_like(parameter))
+            parameter.add_(0.6 * torch.randn_like(parameter))
     parents = [torch.randn(ROWS, width) for width in case.parents]
     with torch.no_grad():
         out = module.net(*parents).numpy() if hasattr(module, "net") else np.empty((ROWS, 0))
@@ -194,7 +346,7 @@ class Given:
         raise AssertionError("only Gaussians are asked for here")
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", GAUSSIAN)
 def test_change_of_variables(name):
     """Log q(z) = log p(eps) - log |det dz/deps|, with the Jacobian from autograd."""
     built = build(name)
@@ -210,15 +362,20 @@ def test_change_of_variables(name):
         torch.testing.assert_close(log_q[0], expected, rtol=ROUNDING, atol=ROUNDING)
 
 
-def grid(oracle: Oracle, sds: float = 10.0, points: int = 400) -> tuple[Tensor, float]:
-    """Points `(points^2, 2)` over ten standard deviations either side, and the area each stands for.
+def grid(oracle: Oracle, points: int = 400) -> tuple[Tensor, Tensor]:
+    """Points `(points^2, 2)` and the area each stands for, `(points^2,)`.
 
-    The trapezoidal rule converges faster than any power on what is smooth and vanishes at the ends.
+    The trapezoidal rule converges faster than any power on what is smooth and vanishes at the ends. A Gaussian does at
+    ten standard deviations. A power of x does after x = sinh(u), as a power of e^-|u|: with 4 degrees of freedom e^-40
+    at u = 10.
     """
     sd = np.sqrt(np.diag(oracle.cov))
-    axes = [np.linspace(m - sds * s, m + sds * s, points) for m, s in zip(oracle.mean, sd, strict=True)]
-    area = float(np.prod([axis[1] - axis[0] for axis in axes]))
-    return torch.as_tensor(np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, D)), area
+    u = np.linspace(-10.0, 10.0, points)
+    x, dx = (np.sinh(u), np.cosh(u)) if isinstance(oracle, HeavyTailed) else (u, np.ones(points))
+    axes = [m + s * x for m, s in zip(oracle.mean, sd, strict=True)]
+    lengths = [s * dx * (u[1] - u[0]) for s in sd]
+    spots, sides = (np.stack(np.meshgrid(*each, indexing="ij"), -1).reshape(-1, D) for each in (axes, lengths))
+    return torch.as_tensor(spots), torch.as_tensor(sides.prod(-1))
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -227,7 +384,7 @@ def test_densities_integrate_to_one(name):
     for n in range(ROWS):
         points, area = grid(built.oracles[n])
         d = built.module(*(parent[n] for parent in built.parents))
-        total = float(log_prob(d, points).detach().exp().sum()) * area
+        total = float((log_prob(d, points).detach().exp() * area).sum())
         assert total == pytest.approx(1.0, abs=1e-9)
 
 
@@ -235,6 +392,9 @@ def test_densities_integrate_to_one(name):
 def test_masses_sum_to_one(name):
     built = build(name)
     states = torch.tensor(list(itertools.product(CASES[name].states, repeat=D)), dtype=torch.float64)
+    for oracle in built.oracles:
+        if isinstance(oracle, Entries) and hasattr(oracle.frozen, "sf"):
+            assert oracle.frozen.sf(CASES[name].states[-1]).max() < 1e-12
     total = log_prob(built.d, states.unsqueeze(1)).exp().sum(0)
     torch.testing.assert_close(total, torch.ones(ROWS), rtol=ROUNDING, atol=ROUNDING)
 
@@ -262,10 +422,36 @@ def test_missing_entries_are_integrated_out(name, mask):
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in FACTORIZED])
-def test_what_does_not_factorize_refuses_missing_entries(name):
+def test_what_does_not_factorize_takes_whole_rows_only(name):
     built = build(name)
     with pytest.raises(InputError, match="factorize"):
-        log_prob(built.d, torch.full((ROWS, D), torch.nan), torch.zeros(ROWS, D, dtype=torch.bool))
+        check_factorizes(built.d, torch.tensor([[True, True], [True, False], [True, True]]))
+    known = torch.tensor([[True, True], [False, False], [True, True]])
+    x = values_of(built, 1)[0]
+    found = log_prob(built.d, torch.where(known, x, torch.nan), known)
+    torch.testing.assert_close(found, built.d.log_prob(x) * known[:, 0], rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.parents])
+def test_values_broadcast_under_leading_axes(name):
+    """Values `(N, D)` under parameters `(E, K, N, D)` are measured under each."""
+    built = build(name)
+    x = values_of(built, 1)[0]
+    parents = [torch.randn(2, 4, ROWS, width) for width in CASES[name].parents]
+    found = log_prob(built.module(*parents), x)
+    assert found.shape == (2, 4, ROWS)
+    for e, k in itertools.product(range(2), range(4)):
+        alone = log_prob(built.module(*(parent[e, k] for parent in parents)), x)
+        torch.testing.assert_close(found[e, k], alone, rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("name", FACTORIZED)
+def test_mean_and_variance_are_those_of_scipy(name):
+    built = build(name)
+    mean, variance = (each.expand(ROWS, D).detach().numpy() for each in (built.d.mean, built.d.variance))
+    np.testing.assert_allclose(mean, [oracle.mean for oracle in built.oracles], rtol=ROUNDING, atol=ROUNDING)
+    expected = [np.diag(oracle.cov) for oracle in built.oracles]
+    np.testing.assert_allclose(variance, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_missing_entries_with_draws_in_front():
@@ -488,9 +674,9 @@ def test_the_printed_density_of_algorithm_2_is_none():
         sigma = tril.diagonal()
         printed = -0.5 * (eps.square() + np.log(2 * np.pi) + sigma.log()).sum(-1)
         right = -(0.5 * (eps.square() + np.log(2 * np.pi)) + sigma.log()).sum(-1)
-        assert float(printed.exp().sum()) * area == pytest.approx(float(sigma.sqrt().prod()), abs=1e-9)
+        assert float((printed.exp() * area).sum()) == pytest.approx(float(sigma.sqrt().prod()), abs=1e-9)
         assert abs(float(sigma.sqrt().prod()) - 1) > 0.01
-        assert float(right.exp().sum()) * area == pytest.approx(1.0, abs=1e-9)
+        assert float((right.exp() * area).sum()) == pytest.approx(1.0, abs=1e-9)
         torch.testing.assert_close(right, d.log_prob(points).detach(), rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -505,3 +691,208 @@ def test_binomial_keeps_its_digits_in_float32(n):
     exact = stats.binom(n, probs).logpmf(counts).sum()
     terms = (n * np.logaddexp(0, logits.numpy())).sum() if n <= 1000 else 0.0  # the float32 branch rounds these
     assert abs(float(found) - exact) < 2**-22 * (abs(exact) + terms) + 1e-9 * n
+
+
+def test_binomial_where_success_is_nearly_certain():
+    r"""All of n succeed with log-probability :math:`-n \log(1 + e^{-l})`, of which softplus past 20 keeps nothing."""
+    n, logits = 1_000_000, torch.tensor([21.0, 25.0, 30.0])
+    found = Binomial(lambda: logits.unsqueeze(-1), n)().log_prob(torch.full((3, 1), float(n)))
+    np.testing.assert_allclose(found, -n * np.log1p(np.exp(-logits.numpy())), rtol=0, atol=1e-8)  # 2^-52 n l
+
+
+# One rounding to float32, of the result. The rest is float64's, here and in scipy: a dozen roundings of terms as large
+# as t leave 2^-48 t.
+def within_float32(exact: np.ndarray, terms: np.ndarray | float) -> np.ndarray:
+    return 2**-24 * np.abs(exact) + 2**-48 * terms
+
+
+@pytest.mark.parametrize("n", [1, 255, 1000, 100_000])
+@pytest.mark.parametrize("concentration", [1e-3, 1.0, 99.0, 101.0, 1e4, 1e6])
+def test_betabinomial_keeps_its_digits_in_float32(n, concentration):
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(200, 1)).astype(np.float32))
+    log_s = torch.full((200, 1), np.log(concentration), dtype=torch.float32)
+    s, pi = np.exp(log_s.double().numpy()), 1 / (1 + np.exp(-logits.double().numpy()))
+    a, b = s * pi, s / (1 + np.exp(logits.double().numpy()))
+    counts = rng.binomial(n, rng.beta(a, b))
+    counts[:2] = [[0], [n]]
+    found = BetaBinomial(lambda: torch.cat([logits, log_s], -1), n)().log_prob(torch.from_numpy(counts).float())
+    exact = stats.betabinom(n, a, b).logpmf(counts)[:, 0]
+    terms = (n + s[0, 0]) * np.log(n + s[0, 0] + 1)
+    assert np.all(np.abs(found.double().numpy() - exact) < within_float32(exact, terms) + 2**-48)
+
+
+@pytest.mark.parametrize("theta", [1e-3, 1.0, 99.0, 101.0, 1e4, 1e6, 1e15])
+@pytest.mark.parametrize("mean", [0.01, 3.0, 1e4])
+def test_negative_binomial_keeps_its_digits_in_float32(theta, mean):
+    """At theta = 1e15 against the Poisson, from which it differs by less than x^2 / theta + mu^2 / theta."""
+    rng = np.random.default_rng(0)
+    out = torch.tensor([[np.log(mean), np.log(theta)]], dtype=torch.float32)
+    mu, inverse = (float(each) for each in out[0].double().exp())
+    oracle = stats.poisson(mu) if theta == 1e15 else stats.nbinom(inverse, inverse / (inverse + mu))
+    counts = np.concatenate([[0, 1, 10_000], rng.poisson(mu * rng.gamma(inverse, 1 / inverse, 100))])
+    found = NegativeBinomial(lambda: out, 1, "datum")().log_prob(torch.from_numpy(counts).float().unsqueeze(-1))
+    exact = oracle.logpmf(counts)
+    limit = (counts**2 + mu**2) / theta if theta == 1e15 else 0.0
+    # scipy's own terms are as large as theta log theta; ours only as x log theta
+    size = counts if theta == 1e15 else counts + inverse
+    terms = size * np.log(counts + inverse + 2) + mu
+    assert np.all(np.abs(found.double().numpy() - exact) < within_float32(exact, terms) + limit + 2**-48)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1.0, 1e4, 1e6])
+def test_poisson_keeps_its_digits_in_float32(rate):
+    log_rate = torch.tensor([[np.log(rate)]], dtype=torch.float32)
+    oracle = stats.poisson(float(log_rate.double().exp()))
+    counts = oracle.rvs(100, random_state=0)
+    found = Poisson(lambda: log_rate)().log_prob(torch.from_numpy(counts).float().unsqueeze(-1))
+    exact, terms = oracle.logpmf(counts), counts * np.log(counts + 2.0) + rate
+    assert np.all(np.abs(found.double().numpy() - exact) < within_float32(exact, terms) + 2**-48)
+
+
+@pytest.mark.parametrize("df", [1.01, 5.0, 199.0, 201.0, 1e4, 1e6])
+def test_student_keeps_its_digits_in_float32(df):
+    """Near the centre, where all of the log-density is the constant; torch's is off by 0.1 nats and more at 1e6."""
+    likelihood = StudentT(lambda: torch.zeros(1, 1), 1).float()
+    with torch.no_grad():
+        likelihood.raw_df.copy_(torch.tensor(df - 1).expm1().log() if df < 10 else torch.tensor(df - 1))
+    d = likelihood()
+    x = torch.tensor([[-1.0], [0.0], [0.5]])
+    base = d.base_dist
+    exact = stats.t(base.df.double().detach(), scale=base.scale.double().detach()).logpdf(x)[:, 0]
+    # the constant, log scale, and the product of five roundings, each of size 1
+    np.testing.assert_allclose(d.log_prob(x.float()).double().detach().numpy(), exact, rtol=0, atol=8 * 2**-24)
+
+
+def log_level(x: np.ndarray, loc: float, scale: float, levels: int) -> np.ndarray:
+    """From the nearer tail, whose logarithm scipy has."""
+    low, high = np.where(x == 0, -np.inf, x - 0.5), np.where(x == levels - 1, np.inf, x + 0.5)
+    tail = stats.logistic(loc, scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        left = tail.logcdf(high) + np.log1p(-np.exp(tail.logcdf(low) - tail.logcdf(high)))
+        right = tail.logsf(low) + np.log1p(-np.exp(tail.logsf(high) - tail.logsf(low)))
+    return np.where(x < loc, left, right)
+
+
+@pytest.mark.parametrize("scale", [0.005, 0.25, 5.0, 1e3, 1e6])
+@pytest.mark.parametrize("loc", [-1e5, -3.0, 0.0, 100.25, 127.5, 255.0, 1e4])
+def test_discretized_logistic_keeps_its_digits_in_float32(loc, scale):
+    """The three terms have one sign and a few roundings each; one below 1 comes from an argument of size 1 or less."""
+    x = torch.arange(256, dtype=torch.float32)
+    at, spread = (torch.full((256, 1), each, dtype=torch.float32, requires_grad=True) for each in (loc, scale))
+    found = distributions.DiscretizedLogistic(at, spread, torch.zeros(256, 1, dtype=torch.float32), 256).log_prob(x)
+    exact = log_level(x.double().numpy(), at[0].item(), spread[0].item(), 256)
+    assert np.all(np.abs(found.detach().double().numpy() - exact) < 8 * 2**-24 * (np.abs(exact) + 1))
+    assert found.detach().double().exp().sum().item() == pytest.approx(1.0, abs=8 * 2**-24)
+    for gradient in torch.autograd.grad(found.sum(), (at, spread)):
+        assert bool(gradient.isfinite().all())
+
+
+EXTREME = {
+    "BetaBinomial": (lambda: BetaBinomial(nn.Identity(), 100), 2),
+    "NegativeBinomial": (lambda: NegativeBinomial(nn.Identity(), 1, "datum"), 2),
+    "ZeroInflatedNegativeBinomial": (lambda: ZeroInflatedNegativeBinomial(nn.Identity(), 1, "datum"), 3),
+    "DiscretizedLogistic": (lambda: DiscretizedLogistic(nn.Identity()), 2),
+    "DiscretizedLogistic, mixture": (lambda: DiscretizedLogistic(nn.Identity(), components=2), 6),
+}
+
+
+@pytest.mark.parametrize("name", EXTREME)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_a_net_may_say_at_its_worst_is_finite(name, dtype):
+    """Values and gradients, at outputs from -1000 to 1000 in all combinations."""
+    make, width = EXTREME[name]
+    reach = (-1000.0, -90.0, 0.0, 90.0, 1000.0) if width < 6 else (-1000.0, 0.0, 1000.0)
+    out = torch.tensor(list(itertools.product(reach, repeat=width)), dtype=dtype, requires_grad=True)
+    for x in (0.0, 1.0, 100.0):
+        log_p = make()(out).log_prob(torch.full((1,), x, dtype=dtype))
+        (gradient,) = torch.autograd.grad(log_p.sum(), out)
+        assert bool(log_p.isfinite().all())
+        assert bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_concentration", [-7.0, -60.0])
+def test_draws_where_gammas_underflow(log_concentration, dtype):
+    """Nearly all of a beta-binomial is at 0 and n then; frequencies within 4 standard errors of the masses."""
+    torch.manual_seed(0)
+    draws, n = 20_000, 10
+    d = BetaBinomial(nn.Identity(), n)(torch.tensor([-0.8, log_concentration], dtype=dtype))
+    x = d.sample([draws])
+    assert x.dtype == dtype
+    for state in (0.0, float(n)):
+        mass = float(d.log_prob(torch.tensor([state], dtype=dtype)).exp())
+        assert abs(float((x == state).double().mean()) - mass) < 4 * (mass * (1 - mass) / draws) ** 0.5
+
+
+@pytest.mark.parametrize("hidden", [[], [7], [9, 6]])
+@pytest.mark.parametrize("dims", [1, 5])
+def test_autoregression_sees_only_what_came_before(dims, hidden):
+    """Masses over all vectors sum to one under every parent; entry j of the logits depends on all entries before j."""
+    torch.manual_seed(0)
+    likelihood = AutoregressiveBernoulli(net(sum(hidden) + dims), dims, hidden, "tanh")
+    d = likelihood(torch.randn(4, ROWS, 3))
+    vectors = torch.tensor(list(itertools.product([0.0, 1.0], repeat=dims)))
+    masses = d.log_prob(vectors[:, None, None]).exp()
+    torch.testing.assert_close(masses.sum(0), torch.ones(4, ROWS), rtol=ROUNDING, atol=ROUNDING)
+
+    context = d.context[0, 0].detach()
+    jacobian = torch.autograd.functional.jacobian(lambda x: d.logits(x, context), torch.rand(dims))
+    assert torch.equal(jacobian != 0, torch.ones(dims, dims).tril(-1).bool())
+
+    by_entry = torch.zeros(len(vectors))
+    for j in range(dims):
+        seen = torch.where(torch.arange(dims) < j, vectors, torch.rand(len(vectors), dims))
+        logit = d.logits(seen, context)[:, j]
+        by_entry += td.Bernoulli(logits=logit).log_prob(vectors[:, j])
+    torch.testing.assert_close(masses[:, 0, 0].log(), by_entry, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_frequencies_of_autoregressive_draws():
+    """Each of 32 vectors within 4 standard errors of its mass; the draws keep the leading axes of the parents."""
+    torch.manual_seed(0)
+    draws, likelihood = 50_000, AutoregressiveBernoulli(net(6 + 5), 5, [6])
+    with torch.no_grad():
+        for parameter in likelihood.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    d = likelihood(torch.randn(2, 3))
+    x = d.sample([draws])
+    assert x.shape == (draws, 2, 5)
+    vectors = torch.tensor(list(itertools.product([0.0, 1.0], repeat=5)))
+    masses = d.log_prob(vectors.unsqueeze(1)).exp().detach()
+    frequencies = (x.unsqueeze(0) == vectors[:, None, None]).all(-1).double().mean(1)
+    assert bool(((frequencies - masses).abs() < 4 * (masses * (1 - masses) / draws).sqrt()).all())
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: BetaBinomial(net(3), 5), "width 2 D"),
+        (lambda: BetaBinomial(nn.Identity(), 5)(torch.zeros(1, 3)), "width 2"),
+        (lambda: BetaBinomial(net(2), 0), "total_count"),
+        (lambda: StudentT(net(3), 2), "width 2 for D = 2"),
+        (lambda: StudentT(nn.Identity(), 2)(torch.zeros(1, 1)), "width 2"),
+        (lambda: StudentT(net(2), 2, "row"), "noise"),
+        (lambda: NegativeBinomial(net(2), 2, "datum"), "width 4"),
+        (lambda: NegativeBinomial(nn.Identity(), 2)(torch.zeros(1, 1)), "width 2"),
+        (lambda: NegativeBinomial(net(2), 2, "row"), "dispersion"),
+        (lambda: ZeroInflatedNegativeBinomial(net(2), 2), "width 4"),
+        (lambda: DiscretizedLogistic(net(3)), "width 2 D"),
+        (lambda: DiscretizedLogistic(net(4), components=2), "width 3 D times 2"),
+        (lambda: DiscretizedLogistic(nn.Identity(), components=2)(torch.zeros(1, 7)), "width 6"),
+        (lambda: DiscretizedLogistic(net(2), 1), "levels"),
+        (lambda: DiscretizedLogistic(net(2), 4, 0), "components"),
+        (lambda: AutoregressiveBernoulli(net(5), 5, [4]), "width sum"),
+        (lambda: AutoregressiveBernoulli(nn.Identity(), 5, [4])(torch.zeros(1, 5)), "width 9"),
+        (lambda: AutoregressiveBernoulli(net(5), 5, [0]), "hidden"),
+        (lambda: AutoregressiveBernoulli(net(5), 5, [], "sine"), "activation"),
+    ],
+)
+def test_what_does_not_fit_is_told(make, told):
+    with pytest.raises(InputError, match=told):
+        make()
+
+
+def test_an_autoregressive_likelihood_has_no_mean():
+    with pytest.raises(NotImplementedError, match="average draws"):
+        _ = build("AutoregressiveBernoulli").d.mean

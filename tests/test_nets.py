@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from aevb import MLP, Bernoulli, Binomial, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
-from aevb.nets import ACTIVATIONS, Standardize
+from aevb.nets import ACTIVATIONS, ConvNet, Fixed, ParametricMLP, Rows, Standardize, TransposedConvNet
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -21,6 +24,104 @@ FORMULAS = {
     "silu": lambda a: a / (1 + (-a).exp()),
     "gelu": lambda a: a * 0.5 * (1 + torch.erf(a / math.sqrt(2))),
 }
+
+
+def _random(*widths):
+    """Parents of these widths at any leading axes."""
+    return lambda lead: tuple(torch.randn(*lead, width) for width in widths)
+
+
+# Name to (maker, parents at given leading axes); what is true of all nets is tested on each.
+NETS = {
+    "MLP": (lambda: MLP(5, [7, 7], 4), _random(3, 2)),
+    "MLP, affine": (lambda: MLP(5, [], 4), _random(5)),
+    "MLP, batch-norm": (lambda: MLP(5, [7, 6], 4, "tanh", batch_norm=True), _random(3, 2)),
+    "MLP, gated": (lambda: MLP(5, [7, 6], 4, gated=True), _random(5)),
+    "MLP, residual": (lambda: MLP(5, [7, 7, 6, 6], 4, residual=True), _random(5)),
+    "MLP, all": (lambda: MLP(5, [7, 7], 4, batch_norm=True, gated=True, residual=True), _random(2, 3)),
+    "Holes": (lambda: Holes(MLP(10, [7], 4)), _random(3, 2)),
+    "Standardize": (lambda: Standardize(MLP(2, [7], 4), torch.ones(2), torch.tensor([0.5, 2.0])), _random(2)),
+    "Rows": (lambda: Rows(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 4))), _random(3, 2)),
+    "ConvNet": (lambda: ConvNet((2, 5, 7), [3, 4], 4), _random(70)),
+    "ConvNet, batch-norm": (lambda: ConvNet((2, 5, 7), [3, 4], 4, "gelu", batch_norm=True), _random(35, 35)),
+    "TransposedConvNet": (lambda: TransposedConvNet(5, [4, 3], (1, 4, 1)), _random(2, 3)),
+    "TransposedConvNet, batch-norm": (lambda: TransposedConvNet(5, [4, 3], (1, 4, 1), batch_norm=True), _random(5)),
+    "ParametricMLP": (lambda: ParametricMLP(3, [6], 4), _random(2, 1, 52)),
+    "Fixed": (lambda: Fixed(torch.randn(9, 4)), lambda lead: (torch.randint(9, lead).double(),)),
+}
+
+
+@pytest.fixture
+def case(request):
+    """One of `NETS`, its weights and running statistics moved off their start, and its parents' maker."""
+    torch.manual_seed(0)
+    make, parents = NETS[request.param]
+    net = make()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    for _ in range(3):
+        net(*parents((20,)))
+    return net, parents
+
+
+every_net = pytest.mark.parametrize("case", NETS, indirect=True)
+
+
+@every_net
+@pytest.mark.parametrize("lead", [(6,), (3, 6), (2, 3, 6), (1, 1)])
+def test_leading_axes_are_rows(case, lead):
+    """Out of training every row is mapped alone."""
+    net, make = case
+    net.eval()
+    parents = make(lead)
+    together = net(*parents)
+    assert together.shape == (*lead, 4)
+    shape = [(math.prod(lead), *parent.shape[len(lead) :]) for parent in parents]
+    rows = zip(*(parent.reshape(to) for parent, to in zip(parents, shape, strict=True)), strict=True)
+    alone = torch.stack([net(*(parent[None] for parent in row))[0] for row in rows])
+    torch.testing.assert_close(together.reshape(-1, 4), alone, rtol=0, atol=ROUNDING)
+
+
+@every_net
+@pytest.mark.parametrize("train", [True, False])
+def test_gradients_reach_every_weight_and_parent(case, train):
+    net, make = case
+    net.train(train)
+    parents = make((4, 6))
+    wanted = [*net.parameters(), *([] if isinstance(net, Fixed) else [parent.requires_grad_() for parent in parents])]
+    direction = torch.randn(4, 6, 4)
+    for gradient in torch.autograd.grad((net(*parents) * direction).sum(), wanted):
+        assert bool(gradient.isfinite().all())
+        assert bool(gradient.any())
+
+
+@pytest.mark.parametrize("case", [name for name in NETS if name != "Fixed"], indirect=True)  # an index has no gradient
+def test_gradients_are_those_of_finite_differences(case):
+    net, make = case
+    net.train()
+    parents = tuple(parent.requires_grad_() for parent in make((3,)))
+    assert torch.autograd.gradcheck(lambda *values: copy.deepcopy(net)(*values), parents)
+
+
+@every_net
+@pytest.mark.parametrize("train", [True, False])
+def test_nets_are_traced_whole(case, train):
+    """No graph break and no value read back; the trace computes what eager does."""
+    net, make = case
+    eager = net.train(train)
+    traced = copy.deepcopy(eager)
+    parents = make((2, 6))
+    torch._dynamo.reset()
+    found = torch.compile(traced, fullgraph=True, backend="aot_eager")(*parents)
+    torch.testing.assert_close(found, eager(*parents), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(dict(traced.state_dict()), dict(eager.state_dict()), rtol=0, atol=ROUNDING)
+
+
+@every_net
+def test_nets_tell_their_width(case):
+    net, _ = case
+    assert net.outputs == (None if isinstance(net, Rows) else 4)
 
 
 @pytest.mark.parametrize(
@@ -87,12 +188,356 @@ def test_parents_are_joined_in_order_and_broadcast():
     torch.testing.assert_close(net(root, b), net(torch.cat([root.expand(7, 6, 3), b], -1)), rtol=0, atol=ROUNDING)
 
 
+PARENTS = {
+    "a root": ((3,), (6, 2)),
+    "classes": ((6, 3), (4, 1, 1, 2)),
+    "draws": ((6, 3), (5, 6, 2)),
+    "classes and draws": ((5, 6, 1), (4, 1, 1, 2), (6, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options"),
+    [([], {}), ([7], {}), ([7, 6], {}), ([7], {"batch_norm": True}), ([7, 7], {"gated": True, "residual": True})],
+)
+@pytest.mark.parametrize("name", PARENTS)
+def test_parents_with_axes_of_their_own_are_as_if_joined(name, hidden, options):
+    """Values, gradients and batch statistics are those of the concatenation; the sums are in another order."""
+    torch.manual_seed(0)
+    net = MLP(5, hidden, 3, **options)
+    other = copy.deepcopy(net)
+    parents = [torch.randn(*shape).requires_grad_() for shape in PARENTS[name]]
+    lead = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
+    joined = torch.cat([parent.expand(*lead, parent.shape[-1]) for parent in parents], -1)
+    found, expected = net(*parents), other(joined)
+    assert found.shape == (*lead, 3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
+    direction = torch.randn_like(found)
+    ours = torch.autograd.grad((found * direction).sum(), [*parents, *net.parameters()])
+    theirs = torch.autograd.grad((expected * direction).sum(), [*parents, *other.parameters()])
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=100 * ROUNDING)  # sums over 120 rows
+    torch.testing.assert_close(net.state_dict(), other.state_dict(), rtol=0, atol=ROUNDING)
+
+
+def test_parents_with_axes_of_their_own_are_not_repeated():
+    """No tensor on the way has the width of the joined parents."""
+    x, y = torch.randn(6, 50), torch.eye(4).view(4, 1, 1, 4)
+    net, sizes = MLP(54, [8], 3), []
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes.append(result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    with Seen():
+        net(x, y)
+    assert max(sizes) <= max(54 * 8, 4 * 6 * 8) < 4 * 6 * 54
+
+
 @pytest.mark.parametrize("parents", [[(5, 4)], [(5, 1)], [(5, 2), (5, 2)], [(3, 1, 1)]])
 def test_wrong_input_width(parents):
     with pytest.raises(InputError, match="takes 3 inputs") as error:
         MLP(3, [4], 2)(*(torch.zeros(shape) for shape in parents))
     assert all(str(shape) in str(error.value) for shape in parents)
     assert f"MLP({sum(shape[-1] for shape in parents)}, ...)" in str(error.value)
+
+
+def test_batch_norm_is_that_of_the_flattened_rows():
+    """Statistics, values in training and values in evaluation are nn.BatchNorm1d's on (E * K * N, D)."""
+    torch.manual_seed(0)
+    net, norms = MLP(3, [5, 4], 2, "tanh", batch_norm=True), [nn.BatchNorm1d(5), nn.BatchNorm1d(4)]
+    first, _, _, second, _, _, last = net.layers
+    assert first.bias is None
+    assert second.bias is None
+    assert net.last is last
+    assert last.bias is not None
+
+    def expected(x):
+        h = norms[0](x.flatten(0, -2) @ first.weight.T).tanh()
+        h = norms[1](h @ second.weight.T).tanh()
+        return (h @ last.weight.T + last.bias).reshape(*x.shape[:-1], 2)
+
+    for _ in range(3):
+        x = torch.randn(2, 4, 6, 3) + 1
+        torch.testing.assert_close(net(x), expected(x), rtol=0, atol=ROUNDING)
+    for layer, norm in zip((net.layers[1], net.layers[4]), norms, strict=True):
+        torch.testing.assert_close(layer.net.state_dict(), norm.state_dict(), rtol=0, atol=ROUNDING)
+        assert int(norm.num_batches_tracked) == 3
+        norm.eval()
+    net.eval()
+    torch.testing.assert_close(net(x), expected(x), rtol=0, atol=ROUNDING)
+
+
+def test_hidden_layers_are_normalised_in_training():
+    torch.manual_seed(0)
+    net = MLP(3, [50], 2, batch_norm=True)
+    seen = []
+    net.layers[1].register_forward_hook(lambda *args: seen.append(args[2]))
+    net(5 * torch.randn(4, 25, 3) + 2)
+    flat = seen[0].flatten(0, 1).detach()
+    torch.testing.assert_close(flat.mean(0), torch.zeros(50), rtol=0, atol=ROUNDING)
+    # torch divides by sqrt(var + 1e-5), and these variances are above 1e-2.
+    torch.testing.assert_close(flat.var(0, correction=0), torch.ones(50), rtol=0, atol=1e-3)
+
+
+def test_gated_layers():
+    """Tomczak and Welling (2018): h = (A x + b) * sigmoid(C x + d)."""
+    torch.manual_seed(0)
+    net, x = MLP(3, [5, 4], 2, gated=True), torch.randn(6, 3)
+    h = x
+    for layer in (net.layers[0], net.layers[2]):
+        layer.bias.data.normal_()
+        (a, c), (b, d) = layer.weight.chunk(2), layer.bias.chunk(2)
+        h = (h @ a.T + b) / (1 + (-(h @ c.T + d)).exp())
+    torch.testing.assert_close(net(x), h @ net.last.weight.T + net.last.bias, rtol=0, atol=ROUNDING)
+
+
+def test_gated_layers_start_as_two_of_their_own():
+    torch.manual_seed(0)
+    layer = MLP(300, [200], 2, gated=True).layers[0]
+    for half in layer.weight.detach().chunk(2):
+        # The largest of 60,000 uniforms falls short of the bound by a fraction of 1e-3 with probability exp(-60).
+        assert float(half.abs().max()) == pytest.approx(math.sqrt(6 / 500), rel=1e-3)
+    assert not bool(layer.bias.any())
+
+
+def test_residual_layers():
+    """He et al. (2016): h + f(W h + b) between hidden layers of one width, as ever elsewhere, the first layer too."""
+    torch.manual_seed(0)
+    net, x = MLP(5, [5, 5, 3, 3], 2, "tanh", residual=True), torch.randn(6, 5)
+    linear = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    h = linear[0](x).tanh()
+    h = h + linear[1](h).tanh()
+    h = linear[2](h).tanh()
+    h = h + linear[3](h).tanh()
+    torch.testing.assert_close(net(x), linear[4](h), rtol=0, atol=ROUNDING)
+    assert net.last is linear[4]
+
+
+def test_options_leave_the_shape_of_a_net():
+    """Each option changes what a hidden layer does, not what stands where: names of the plain net's weights stay."""
+    plain = set(MLP(3, [4, 4], 2).state_dict())
+    assert plain == {f"layers.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")}
+    assert set(MLP(3, [4, 4], 2, gated=True).state_dict()) == plain
+
+
+@pytest.mark.parametrize(
+    ("make", "pattern"),
+    [
+        (lambda: MLP(3, [], 2, batch_norm=True), r"`batch_norm` acts on hidden layers; got hidden=\[\]"),
+        (lambda: MLP(3, [], 2, gated=True), r"`gated` acts on hidden layers; got hidden=\[\]"),
+        (lambda: MLP(3, [4], 2, "tanh", gated=True), "`gated` takes the place of `activation`.*'tanh'"),
+        (lambda: MLP(3, [4], 2, "swish", gated=True), "tanh.*'swish'"),
+        (lambda: MLP(4, [4, 3, 4], 2, residual=True), r"`residual` .*got hidden=\[4, 3, 4\]"),
+        (lambda: MLP(3, [], 2, residual=True), r"`residual` .*got hidden=\[\]"),
+        (lambda: ConvNet((28, 28), [4], 2), r"`image` must be \(C, H, W\).*got \(28, 28\)"),
+        (lambda: ConvNet((1, 0, 28), [4], 2), r"`image` .*got \(1, 0, 28\)"),
+        (lambda: ConvNet((1, 28, 28), [], 2), "`channels` is empty"),
+        (lambda: ConvNet((1, 28, 28), [4], 2, "swish"), "tanh.*'swish'"),
+        (lambda: TransposedConvNet(2, [4], (28, 28)), r"`image` must be \(C, H, W\).*got \(28, 28\)"),
+        (lambda: TransposedConvNet(2, [], (1, 28, 28)), "`channels` is empty"),
+        (lambda: ParametricMLP(3, [4], 2, "swish"), "tanh.*'swish'"),
+        (lambda: Fixed(torch.zeros(3)), r"`start` must be \(rows, outputs\).*got shape \(3,\)"),
+        (lambda: Fixed(torch.zeros(0, 3)), r"`start` .*got shape \(0, 3\)"),
+    ],
+)
+def test_arguments_of_nets(make, pattern):
+    with pytest.raises(InputError, match=pattern):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("net", "shapes", "pattern"),
+    [
+        (ConvNet((1, 4, 4), [2], 3), [(5, 1, 4, 4)], r"ConvNet takes 16 inputs; .*\(5, 1, 4, 4\), 4 together"),
+        (ConvNet((1, 4, 4), [2], 3), [(5, 16), (5, 16)], r"ConvNet takes 16 .*\(5, 16\), \(5, 16\), 32 together"),
+        (TransposedConvNet(3, [2], (1, 4, 4)), [(5, 2)], r"takes 3 inputs; .*\(5, 2\).*TransposedConvNet\(2, \.\.\.\)"),
+        (ParametricMLP(3, [], 2), [(5, 2), (8,)], r"takes 3 inputs; .*\(5, 2\), 2 together.*ParametricMLP\(2, "),
+        (ParametricMLP(3, [], 2), [(5, 3), (4, 1, 9)], r"must end in 8 entries; got shape \(4, 1, 9\)"),
+    ],
+)
+def test_wrong_widths_of_other_nets(net, shapes, pattern):
+    with pytest.raises(InputError, match=pattern):
+        net(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_rows_of_a_module_that_knows_one_batch():
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2))
+    a, b = torch.randn(7, 4), torch.randn(5, 7, 2)
+    expected = inner(torch.cat([a.expand(5, 7, 4), b], -1).flatten(0, 1)).unflatten(0, (5, 7))
+    assert torch.equal(Rows(inner)(a, b), expected)  # whatever event the module returns
+    assert expected.shape == (5, 7, 4, 1, 2)
+    assert Rows(nn.Linear(6, 3))(torch.zeros(6)).shape == (3,)
+    assert Rows(MLP(6, [], 3)).outputs == 3
+    with pytest.raises(InputError, match="needs a net of output width"):
+        DiagonalNormal(Rows(MLP(6, [], 3)))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_norm": True}])
+@pytest.mark.parametrize("image", [(1, 28, 28), (2, 5, 7), (3, 1, 6), (1, 9, 16), (1, 1, 1)])
+@pytest.mark.parametrize("channels", [[4], [4, 3], [2, 3, 4, 5, 6]])
+def test_sizes_of_images(image, channels, options):
+    """Odd sides come out whole, however often they are halved; one net's smallest image is the other's."""
+    down, up = ConvNet(image, channels, 5, **options), TransposedConvNet(5, channels[::-1], image, **options)
+    x = torch.randn(2, 3, math.prod(image))
+    assert down(x).shape == (2, 3, 5)
+    assert up(down(x)).shape == x.shape
+    assert (down.inputs, down.outputs) == (up.outputs, up.inputs) == (math.prod(image), 5)
+    assert down.last.in_features == up.layers[0].out_features
+
+
+def test_convolutions():
+    """The layers by hand, in torch's functions; the image is flattened channel by channel, as `x.flatten(1)` does."""
+    torch.manual_seed(0)
+    down, up = ConvNet((2, 5, 7), [3, 4], 6, "tanh"), TransposedConvNet(6, [4, 3], (2, 5, 7), "tanh")
+    for net in (down, up):
+        for parameter in net.parameters():
+            parameter.data.normal_()
+    image = torch.randn(8, 2, 5, 7)
+    first, second = (layer for layer in down.layers if isinstance(layer, nn.Conv2d))
+    h = F.conv2d(image, first.weight, first.bias, stride=2, padding=1).tanh()
+    h = F.conv2d(h, second.weight, second.bias, stride=2, padding=1).tanh()
+    assert h.shape == (8, 4, 2, 2)
+    expected = h.flatten(1) @ down.last.weight.T + down.last.bias
+    torch.testing.assert_close(down(image.flatten(1)), expected, rtol=0, atol=1e-10)
+
+    z = torch.randn(8, 6)
+    small = (z @ up.layers[0].weight.T + up.layers[0].bias).unflatten(1, (4, 2, 2)).tanh()
+    first, second = (layer for layer in up.layers if isinstance(layer, nn.ConvTranspose2d))
+    h = F.conv_transpose2d(small, first.weight, first.bias, stride=2, padding=1, output_padding=(0, 1)).tanh()
+    assert h.shape == (8, 3, 3, 4)
+    h = F.conv_transpose2d(h, second.weight, None, stride=2, padding=1)
+    torch.testing.assert_close(up(z), h.flatten(1) + up.last.bias, rtol=0, atol=1e-10)
+
+
+def test_every_pixel_is_seen():
+    """No stride or padding leaves a pixel out, also in the last row and column of odd and even sides."""
+    for size in ((1, 4, 5), (1, 7, 8)):
+        net = ConvNet(size, [3, 4], 2, "tanh")
+        x = torch.randn(1, math.prod(size)).requires_grad_()
+        (gradient,) = torch.autograd.grad(net(x).sum(), x)
+        assert bool((gradient != 0).all())
+
+
+def test_every_pixel_is_drawn():
+    for size in ((1, 4, 5), (1, 7, 8)):
+        net = TransposedConvNet(2, [4, 3], size, "tanh")
+        assert bool((net(torch.randn(1, 2)) != 0).all())
+
+
+def test_an_image_starts_at_the_mean():
+    """`last.bias` has an entry for each channel and pixel; with the weights at zero it is the result."""
+    net, mean = TransposedConvNet(3, [4], (2, 5, 7)), torch.randn(70)
+    with torch.no_grad():
+        net.last.bias.copy_(mean)
+        net.layers[-3].weight.zero_()
+    assert torch.equal(net(torch.randn(6, 3)), mean.expand(6, 70))
+
+
+def test_a_convolution_sees_holes_as_channels():
+    torch.manual_seed(0)
+    inner = ConvNet((2, 3, 4), [3], 5)
+    x = torch.randn(6, 12)
+    x[:, 3] = torch.nan
+    image = torch.stack([x.nan_to_num(0.0), (~x.isnan()).double()], 1).flatten(1)
+    torch.testing.assert_close(Holes(inner)(x), inner(image), rtol=0, atol=ROUNDING)
+
+
+def test_batch_norm_of_a_convolution_is_over_rows_and_pixels():
+    torch.manual_seed(0)
+    net, norm = ConvNet((1, 4, 4), [3], 2, batch_norm=True), nn.BatchNorm2d(3)
+    x = torch.randn(5, 6, 16)
+    assert net.layers[1].bias is None
+    norm(net.layers[1](x.reshape(30, 1, 4, 4)))
+    net(x)
+    torch.testing.assert_close(net.layers[2].state_dict(), norm.state_dict(), rtol=0, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("hidden", [[], [6], [6, 5]])
+@pytest.mark.parametrize("lead", [(), (4, 1), (3, 4, 1), (7,), (4, 7)])
+def test_weights_as_values(hidden, lead):
+    """Values and gradients are those of one MLP for each vector of weights."""
+    torch.manual_seed(0)
+    net, plain = ParametricMLP(3, hidden, 2, "tanh"), MLP(3, hidden, 2, "tanh")
+    assert not list(net.parameters())
+    assert net.weight_count == parameters_to_vector(plain.parameters()).numel()
+    x, weights = torch.randn(7, 3).requires_grad_(), torch.randn(*lead, net.weight_count).requires_grad_()
+    found = net(x, weights)
+    assert found.shape == (*torch.broadcast_shapes(lead, (7,)), 2)
+    direction = torch.randn_like(found)
+    ours = torch.autograd.grad((found * direction).sum(), [x, weights])
+
+    shape = found.shape[:-1]
+    row_weights = weights.detach().expand(*shape, -1).reshape(-1, net.weight_count)
+    row_inputs = x.detach().expand(*shape, 3).reshape(-1, 3)
+    grad_x, grad_weights = torch.zeros(len(row_inputs), 3), torch.zeros_like(row_weights)
+    for row, (a, w) in enumerate(zip(row_inputs, row_weights, strict=True)):
+        a = a.clone().requires_grad_()
+        vector_to_parameters(w, plain.parameters())
+        out = plain(a)
+        torch.testing.assert_close(out, found.reshape(-1, 2)[row], rtol=0, atol=ROUNDING)
+        to_x, *to_weights = torch.autograd.grad(out @ direction.reshape(-1, 2)[row], [a, *plain.parameters()])
+        grad_x[row], grad_weights[row] = to_x, parameters_to_vector(to_weights)
+    expected = (grad_x.reshape(*shape, 3), grad_weights.reshape(*shape, -1))
+    for one, two in zip(ours, expected, strict=True):
+        two = two.sum_to_size(one.shape)
+        torch.testing.assert_close(one, two, rtol=0, atol=100 * ROUNDING)
+
+
+def test_one_vector_of_weights_is_a_sequential():
+    torch.manual_seed(0)
+    net = ParametricMLP(3, [6, 5], 2, "silu")
+    plain = nn.Sequential(nn.Linear(3, 6), nn.SiLU(), nn.Linear(6, 5), nn.SiLU(), nn.Linear(5, 2))
+    weights, x = parameters_to_vector(plain.parameters()), torch.randn(4, 7, 3)
+    torch.testing.assert_close(net(x, weights), plain(x), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(net(x[..., :1], x[..., 1:], weights), plain(x), rtol=0, atol=ROUNDING)
+    assert net(torch.zeros(3), weights).shape == (2,)
+    assert net(torch.zeros(3), weights.expand(4, 1, -1)).shape == (4, 1, 2)
+    ours = torch.autograd.grad(net(x, weights).square().sum(), list(plain.parameters()))
+    theirs = torch.autograd.grad(plain(x).square().sum(), list(plain.parameters()))
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=100 * ROUNDING)
+
+
+def test_a_vector_of_weights_comes_apart():
+    net = ParametricMLP(2, [3], 1)
+    (a, b), (c, d) = net.split(torch.arange(13.0).expand(4, 1, 13))
+    assert [part.shape for part in (a, b, c, d)] == [(4, 1, 3, 2), (4, 1, 3), (4, 1, 1, 3), (4, 1, 1)]
+    assert a[0, 0].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert (b[0, 0].tolist(), c[0, 0].tolist(), d[0, 0].tolist()) == ([6, 7, 8], [[9, 10, 11]], [12])
+
+
+def test_fixed_rows():
+    start = torch.randn(4, 3)
+    net = Fixed(start)
+    index = torch.tensor([2.0, 0.0, 2.0])
+    assert torch.equal(net(index), start[[2, 0, 2]])
+    assert torch.equal(net(index.long()), start[[2, 0, 2]])
+    assert net(index.expand(5, 3)).shape == (5, 3, 3)
+    assert net(torch.tensor(1.0)).shape == (3,)
+    (gradient,) = torch.autograd.grad(net(index).sum(), net.table)
+    assert gradient[:, 0].tolist() == [1, 0, 2, 0]
+    start.zero_()  # it keeps its own copy
+    assert bool(net(index).any())
+    assert DiagonalNormal(Fixed(torch.zeros(4, 6)))(index).event_shape == (3,)
+    assert Fixed(torch.ones(2, 1, dtype=torch.int64)).table.dtype == torch.float64
+
+
+@pytest.mark.parametrize("index", [4.0, -1.0, 1.5, math.nan, math.inf, -math.inf])
+def test_fixed_rows_that_are_not_there(index):
+    with pytest.raises(InputError, match=rf"whole numbers from 0 to 3; got {index}"):
+        Fixed(torch.zeros(4, 2))(torch.tensor([0.0, index]))
+
+
+def test_fixed_rows_that_a_float_cannot_tell_apart():
+    """bfloat16 holds whole numbers up to 2 ** 8 exactly."""
+    index = torch.zeros(2, dtype=torch.bfloat16)
+    assert Fixed(torch.zeros(256, 2))(index).shape == (2, 2)
+    with pytest.raises(InputError, match="bfloat16 cannot tell 257 rows apart"):
+        Fixed(torch.zeros(257, 2))(index)
 
 
 def test_holes_hand_on_what_is_known_and_where():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from aevb.config import InputError
 
-__all__ = ["Values", "check_event", "join", "rows_of"]
+__all__ = ["Values", "by_rows", "check_event", "join", "rows_of"]
 
 Values = Mapping[str, Tensor]
 """Observed nodes by name, each `(N, *event)`; NaN marks a missing entry."""
@@ -21,6 +21,12 @@ def join(parents: tuple[Tensor, ...]) -> Tensor:
         return parents[0]
     batch = torch.broadcast_shapes(*(parent.shape[:-1] for parent in parents))
     return torch.cat([parent.expand(*batch, parent.shape[-1]) for parent in parents], dim=-1)
+
+
+def by_rows(apply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`apply`, which maps `(M, D)` to `(M, *event)`, at `(*batch, D)`: `(*batch, *event)`."""
+    rows = apply(x.reshape(-1, x.shape[-1]))
+    return rows.reshape(*x.shape[:-1], *rows.shape[1:])
 
 
 def rows_of(values: Values) -> int:

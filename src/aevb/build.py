@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from aevb.bayesnet import VAE, BayesNet
-from aevb.conditionals import Bernoulli, Binomial, DiagonalNormal, FullNormal, Normal, StandardNormal
+from aevb.conditionals import (
+    AutoregressiveBernoulli,
+    Bernoulli,
+    BetaBinomial,
+    Binomial,
+    DiagonalNormal,
+    DiscretizedLogistic,
+    FullNormal,
+    LearnedNormal,
+    MixtureOfNormals,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+    StandardNormal,
+    StudentT,
+    VampPrior,
+    ZeroInflatedNegativeBinomial,
+)
 from aevb.config import InputError, ModelConfig
+from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
 from aevb.nets import MLP, Holes, Standardize
 
-__all__ = ["LIKELIHOODS", "POSTERIORS", "build_vae"]
+__all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
 
 def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
@@ -21,7 +40,8 @@ def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
     Args:
         config: What to build.
         x: Training rows `(N, features)`, NaN for missing. Where given, the likelihood starts at their mean
-            (Burda et al., 2016, start the output biases so) and the encoder sees them standardised.
+            (Burda et al., 2016, start the output biases so), the encoder sees them standardised, and pseudo-inputs of
+            a vamp prior start at some of them.
 
     Returns:
         A model with nodes `z` and `x`; weights from torch's current generator.
@@ -32,58 +52,176 @@ def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
     """
     if x is not None and x.shape[1:] != (config.features,):
         raise InputError(f"`x` must be (N, {config.features}) as `features` says; got shape {tuple(x.shape)}.")
-    mean, scale = _moments(config, x)
-    p = BayesNet({"z": StandardNormal(config.latents), "x | z": LIKELIHOODS[config.likelihood](config, mean, scale)})
-    vae = VAE(p, BayesNet({"z | x": POSTERIORS[config.posterior](config, mean, scale)}))
+    start = _start(config, x)
+    likelihood = LIKELIHOODS[config.likelihood](config, start)
+    posterior = POSTERIORS[config.posterior](config, start)
+    prior = PRIORS[config.prior](config, start, posterior)
+    vae = VAE(BayesNet({"z": prior, "x | z": likelihood}), BayesNet({"z | x": posterior}))
     vae.config = config
     return vae
 
 
-def _bernoulli(config: ModelConfig, mean: Tensor, scale: Tensor) -> nn.Module:
-    return Bernoulli(_decoder(config, config.features, _logits(mean)))
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """What the training rows tell a model before it is trained."""
+
+    mean: Tensor  # (features,)
+    scale: Tensor  # (features,), above 0
+    rows: Tensor | None  # (N, features), holes filled with the mean
 
 
-def _binomial(config: ModelConfig, mean: Tensor, scale: Tensor) -> nn.Module:
+def _bernoulli(config: ModelConfig, start: _Start) -> nn.Module:
+    return Bernoulli(_decoder(config, config.features, _logits(start.mean)))
+
+
+def _autoregressive(config: ModelConfig, start: _Start) -> nn.Module:
+    hidden = config.hidden[-1:]
+    net = _decoder(config, sum(hidden) + config.features)
+    with torch.no_grad():
+        net.last.bias[-config.features :].copy_(_logits(start.mean))
+    return AutoregressiveBernoulli(net, config.features, hidden, config.activation)
+
+
+def _count(config: ModelConfig) -> int:
     assert config.total_count is not None  # ModelConfig checks it
-    return Binomial(_decoder(config, config.features, _logits(mean / config.total_count)), config.total_count)
+    return config.total_count
 
 
-def _normal(config: ModelConfig, mean: Tensor, scale: Tensor) -> nn.Module:
-    width = 2 * config.features if config.noise == "datum" else config.features
-    return Normal(_decoder(config, width), config.features, config.noise, loc=mean, scale=scale)
+def _binomial(config: ModelConfig, start: _Start) -> nn.Module:
+    total = _count(config)
+    return Binomial(_decoder(config, config.features, _logits(start.mean / total)), total)
 
 
-LIKELIHOODS: dict[str, Callable[[ModelConfig, Tensor, Tensor], nn.Module]] = {
+def _beta_binomial(config: ModelConfig, start: _Start) -> nn.Module:
+    total = _count(config)
+    return BetaBinomial(_decoder(config, 2 * config.features, _logits(start.mean / total)), total)
+
+
+def _normal(config: ModelConfig, start: _Start) -> nn.Module:
+    net = _decoder(config, config.features * (2 if config.noise == "datum" else 1))
+    return Normal(net, config.features, config.noise, loc=start.mean, scale=start.scale)
+
+
+def _student(config: ModelConfig, start: _Start) -> nn.Module:
+    net = _decoder(config, config.features * (2 if config.noise == "datum" else 1))
+    return StudentT(net, config.features, config.noise, loc=start.mean, scale=start.scale)
+
+
+def _poisson(config: ModelConfig, start: _Start) -> nn.Module:
+    return Poisson(_decoder(config, config.features, _log(start.mean)))
+
+
+def _negative_binomial(config: ModelConfig, start: _Start) -> nn.Module:
+    net = _decoder(config, config.features * (2 if config.noise == "datum" else 1), _log(start.mean))
+    return NegativeBinomial(net, config.features, config.noise)
+
+
+def _zero_inflated(config: ModelConfig, start: _Start) -> nn.Module:
+    net = _decoder(config, config.features * (3 if config.noise == "datum" else 2), _log(start.mean))
+    return ZeroInflatedNegativeBinomial(net, config.features, config.noise)
+
+
+def _discretized_logistic(config: ModelConfig, start: _Start) -> nn.Module:
+    return DiscretizedLogistic(_decoder(config, 2 * config.features, start.mean / 127.5 - 1))
+
+
+LIKELIHOODS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
     "bernoulli": _bernoulli,
+    "autoregressive": _autoregressive,
     "binomial": _binomial,
+    "beta-binomial": _beta_binomial,
     "normal": _normal,
+    "student-t": _student,
+    "poisson": _poisson,
+    "negative-binomial": _negative_binomial,
+    "zero-inflated": _zero_inflated,
+    "discretized-logistic": _discretized_logistic,
 }
-"""Name of p(x | z) to its maker from the configuration and the training data's mean and scale, `(features,)` each."""
+"""Name of p(x | z) to its maker from the configuration and the training rows."""
+
+_CENTRE = {"bernoulli": 0.5, "autoregressive": 0.5, "discretized-logistic": 127.5, "normal": 0.0, "student-t": 0.0}
+"""Mean of data that are not given; counts are taken to be around 1, or half of the largest."""
 
 
-def _diagonal(config: ModelConfig, mean: Tensor, scale: Tensor) -> nn.Module:
-    return DiagonalNormal(_encoder(config, 2 * config.latents, mean, scale))
+def _diagonal(config: ModelConfig, start: _Start) -> nn.Module:
+    return DiagonalNormal(_encoder(config, 2 * config.latents, start))
 
 
-def _full(config: ModelConfig, mean: Tensor, scale: Tensor) -> nn.Module:
-    return FullNormal(_encoder(config, 2 * config.latents + config.latents**2, mean, scale), config.latents)
+def _full(config: ModelConfig, start: _Start) -> nn.Module:
+    return FullNormal(_encoder(config, 2 * config.latents + config.latents**2, start), config.latents)
 
 
-POSTERIORS: dict[str, Callable[[ModelConfig, Tensor, Tensor], nn.Module]] = {"diagonal": _diagonal, "full": _full}
+def _planar(config: ModelConfig, start: _Start) -> nn.Module:
+    width = PlanarFlow.width(config.latents, config.flow_layers)
+    return PlanarFlow(_encoder(config, width, start), config.latents, config.flow_layers)
+
+
+def _sylvester(config: ModelConfig, start: _Start) -> nn.Module:
+    width = SylvesterFlow.width(config.latents, config.flow_layers)
+    return SylvesterFlow(_encoder(config, width, start), config.latents, config.flow_layers)
+
+
+def _iaf(config: ModelConfig, start: _Start) -> nn.Module:
+    context = config.latents
+    net = _encoder(config, InverseAutoregressiveFlow.width(config.latents, context), start)
+    return InverseAutoregressiveFlow(net, config.latents, context, config.flow_layers)
+
+
+def _spline(config: ModelConfig, start: _Start) -> nn.Module:
+    context = config.latents
+    net = _encoder(config, SplineFlow.width(config.latents, context), start)
+    return SplineFlow(net, config.latents, context, config.flow_layers)
+
+
+POSTERIORS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
+    "diagonal": _diagonal,
+    "full": _full,
+    "planar": _planar,
+    "sylvester": _sylvester,
+    "iaf": _iaf,
+    "spline": _spline,
+}
 """Name of q(z | x) to its maker, as for `LIKELIHOODS`."""
 
 
-def _encoder(config: ModelConfig, outputs: int, mean: Tensor, scale: Tensor) -> nn.Module:
-    inputs = 2 * config.features if config.holes else config.features
-    net = MLP(inputs, config.hidden, outputs, config.activation)
-    return Standardize(Holes(net) if config.holes else net, mean, scale)
+def _vamp(config: ModelConfig, start: _Start, posterior: nn.Module) -> nn.Module:
+    rows = start.rows
+    if rows is None:
+        rows = start.mean + start.scale * torch.randn(config.components, config.features)
+    chosen = rows[torch.randint(len(rows), (config.components,))]
+    largest = {"bernoulli": 1.0, "autoregressive": 1.0, "discretized-logistic": 255.0}.get(config.likelihood)
+    largest = float(config.total_count) if config.total_count is not None else largest
+    return VampPrior(posterior, chosen, None if largest is None else (0.0, largest))
+
+
+PRIORS: dict[str, Callable[[ModelConfig, _Start, nn.Module], nn.Module]] = {
+    "standard": lambda config, start, posterior: StandardNormal(config.latents),
+    "learned": lambda config, start, posterior: LearnedNormal(config.latents),
+    "mixture": lambda config, start, posterior: MixtureOfNormals(config.latents, config.components),
+    "vamp": _vamp,
+    "flow": lambda config, start, posterior: FlowPrior(config.latents, config.flow_layers),
+}
+"""Name of p(z) to its maker from the configuration, the training rows and q(z | x)."""
+
+
+def _mlp(config: ModelConfig, inputs: int, hidden: tuple[int, ...], outputs: int) -> MLP:
+    return MLP(
+        inputs, hidden, outputs, None if config.net == "gated" else config.activation, batch_norm=config.batch_norm,
+        gated=config.net == "gated", residual=config.net == "residual",
+    )  # fmt: skip
+
+
+def _encoder(config: ModelConfig, outputs: int, start: _Start) -> nn.Module:
+    net = _mlp(config, 2 * config.features if config.holes else config.features, config.hidden, outputs)
+    return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
 
 
 def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None) -> MLP:
-    net = MLP(config.latents, config.hidden[::-1], outputs, config.activation)
+    """A net from z, whose first output biases are `bias`."""
+    net = _mlp(config, config.latents, config.hidden[::-1], outputs)
     if bias is not None:
         with torch.no_grad():
-            net.last.bias.copy_(bias)
+            net.last.bias[: len(bias)].copy_(bias)
     return net
 
 
@@ -92,22 +230,29 @@ def _logits(probs: Tensor) -> Tensor:
     return torch.logit(probs, eps=1e-4)
 
 
-def _moments(config: ModelConfig, x: Tensor | None) -> tuple[Tensor, Tensor]:
+def _log(mean: Tensor) -> Tensor:
+    return mean.clamp(min=1e-4).log()
+
+
+def _start(config: ModelConfig, x: Tensor | None) -> _Start:
     if x is None:
-        centre = {"bernoulli": 0.5, "binomial": 0.5 * (config.total_count or 0), "normal": 0.0}[config.likelihood]
-        return torch.full((config.features,), centre), torch.ones(config.features)
+        counts = 0.5 * config.total_count if config.total_count is not None else 1.0
+        centre = _CENTRE.get(config.likelihood, counts)
+        return _Start(mean=torch.full((config.features,), centre), scale=torch.ones(config.features), rows=None)
     values = x.to(torch.float64)
     known = (~values.isnan()).sum(0).clamp(min=1)
     mean = values.nansum(0) / known
     spread = ((values - mean).square().nansum(0) / known).sqrt()
-    if config.likelihood != "normal":
+    if config.likelihood not in ("normal", "student-t"):
         # Pixels that hardly move would be blown up by their own spread: one for all.
         spread = spread.square().mean().sqrt().expand_as(mean)
         spread = torch.where(spread == 0, 1.0, spread)
     if bool((spread == 0).any()):
         constant = [int(j) for j in (spread == 0).nonzero()[:, 0]]
         raise InputError(
-            f"Column {', '.join(map(str, constant))} of the data is constant, and the scale of its normal likelihood "
-            "would go to zero. Drop it (`--drop-constant`), or choose another likelihood."
+            f"Column {', '.join(map(str, constant))} of the data is constant, and the scale of its {config.likelihood} "
+            "likelihood would go to zero. Drop it (`--drop-constant`), or choose another likelihood."
         )
-    return mean.to(torch.get_default_dtype()), spread.to(torch.get_default_dtype())
+    rows = torch.where(values.isnan(), mean, values)
+    kind = torch.get_default_dtype()
+    return _Start(mean=mean.to(kind), scale=spread.to(kind), rows=rows.to(kind))

@@ -12,14 +12,34 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-__all__ = ["Activation", "InputError", "Likelihood", "ModelConfig", "Noise", "Optimizer", "Posterior", "TrainConfig"]
+__all__ = [
+    "Activation",
+    "Discrete",
+    "Gradient",
+    "InputError",
+    "Likelihood",
+    "ModelConfig",
+    "Net",
+    "Noise",
+    "Optimizer",
+    "Posterior",
+    "Prior",
+    "TrainConfig",
+]
 
-Likelihood = Literal["bernoulli", "binomial", "normal"]
-Posterior = Literal["diagonal", "full"]
+Likelihood = Literal[
+    "bernoulli", "autoregressive", "binomial", "beta-binomial", "normal", "student-t", "poisson", "negative-binomial",
+    "zero-inflated", "discretized-logistic",
+]  # fmt: skip
+Prior = Literal["standard", "learned", "mixture", "vamp", "flow"]
+Posterior = Literal["diagonal", "full", "planar", "sylvester", "iaf", "spline"]
+Net = Literal["plain", "gated", "residual"]
 Activation = Literal["tanh", "relu", "softplus", "silu", "gelu"]
 Noise = Literal["global", "dimension", "datum"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
+Gradient = Literal["plain", "stl", "dreg"]
+Discrete = Literal["sum", "sample", "relax"]
 
 MAX_LATENTS = 10_000
 
@@ -77,17 +97,28 @@ class ModelConfig(_Checked):
     likelihood: Likelihood = "normal"
     """Family of p(x | z)."""
     total_count: int | None = None
-    """Binomial only: the largest count."""
+    """Binomial and beta-binomial only: the largest count."""
     noise: Noise = "dimension"
-    """Normal only: one scale for all, one per dimension, or one per datum and dimension."""
+    """Normal and student-t: one scale for all, one per dimension, or one per datum and dimension; the same for the
+    dispersion of negative-binomial and zero-inflated."""
+    prior: Prior = "standard"
+    """Family of p(z)."""
+    components: int = 50
+    """Gaussians of the mixture prior, or pseudo-inputs of the vamp prior."""
     latents: int = 32
     """Dimensions of z."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of the hidden layers of the encoder; the decoder has them in reverse."""
     activation: Activation = "silu"
     """Nonlinearity between layers."""
+    net: Net = "plain"
+    """Layers of encoder and decoder: plain ones, gated ones (which take no activation), or with skip connections."""
+    batch_norm: bool = False
+    """Normalise every hidden layer over the batch."""
     posterior: Posterior = "diagonal"
-    """Covariance of q(z | x)."""
+    """Family of q(z | x): a Gaussian, or one bent by a normalizing flow."""
+    flow_layers: int = 4
+    """Layers of the flow, in posterior and prior."""
     holes: bool = False
     """Let the encoder see which entries are missing (NaN); on by itself where the data have any."""
 
@@ -99,6 +130,10 @@ class ModelConfig(_Checked):
         self._check_choice("noise", Noise)
         self._check_choice("activation", Activation)
         self._check_choice("posterior", Posterior)
+        self._check_choice("prior", Prior)
+        self._check_choice("net", Net)
+        for name in ("components", "flow_layers"):
+            self._check(name, "at least 1", getattr(self, name) >= 1, "Give a positive whole number.")
         self._check(
             "latents",
             f"between 1 and {MAX_LATENTS}",
@@ -106,15 +141,25 @@ class ModelConfig(_Checked):
             "A model rarely uses more than a hundred; `aevb evaluate` says how many are active.",
         )
         self._check("hidden", "widths of at least 1", all(w >= 1 for w in self.hidden), "Write e.g. --hidden 200 200.")
-        if (self.likelihood == "binomial") != (self.total_count is not None):
+        counted = self.likelihood in ("binomial", "beta-binomial")
+        if counted != (self.total_count is not None):
             raise InputError(
-                f"`total_count` goes with likelihood binomial and only there; got total_count={self.total_count} "
-                f"with likelihood {self.likelihood}. Give the largest possible count, e.g. --total-count 16."
+                f"`total_count` goes with likelihood binomial or beta-binomial and only there; got total_count="
+                f"{self.total_count} with likelihood {self.likelihood}. Give the largest possible count, e.g. "
+                "--total-count 16."
             )
-        if self.noise != "dimension" and self.likelihood != "normal":
+        spread = ("normal", "student-t", "negative-binomial", "zero-inflated")
+        if self.noise != "dimension" and self.likelihood not in spread:
             raise InputError(
-                f"`noise` goes with likelihood normal only; got {self.noise} with {self.likelihood}. Drop it."
+                f"`noise` goes with the likelihoods {', '.join(spread)} only; got {self.noise} with {self.likelihood}. "
+                "Drop it."
             )
+        if self.prior == "vamp" and self.posterior not in ("diagonal", "full"):
+            raise InputError(
+                f"`prior` vamp is a mixture of Gaussian posteriors; got {self.posterior}. Use diagonal or full."
+            )
+        if self.net == "gated" and self.activation != "silu":
+            raise InputError("`activation` has no effect on gated layers, which bring their own. Drop it.")
         if self.total_count is not None:
             self._check("total_count", "at least 1", self.total_count >= 1, "Give the largest possible count.")
 
@@ -146,8 +191,26 @@ class TrainConfig(_Checked):
     """Of weight matrices, not biases: decoupled for adamw, an L2 penalty's gradient for the others."""
     clip_norm: float = 0.0
     """Largest Euclidean norm of the gradient; 0 leaves it as it is."""
+    gradient: Gradient = "plain"
+    """Estimator of q's gradient, the bound's value being the same: stl (sticking the landing) for elbo, dreg (doubly
+    reparameterized) for iwae."""
+    discrete: Discrete = "sum"
+    """Latent classes and binary vectors: sum over their states exactly, sample them (score-function gradient), or relax
+    them (Gumbel-softmax; the objective is then no bound)."""
+    temperature: float = 0.5
+    """Of the relaxation."""
     kl_warmup_steps: int = 0
     """Updates over which the weight of the KL rises linearly from 0 to 1."""
+    kl_cycles: int = 1
+    """Times that the weight of the KL rises, at equal intervals over all steps (Fu et al., 2019)."""
+    beta: float = 1.0
+    """Weight of the KL after its rise (Higgins et al., 2017); above 1 the objective is a looser bound, below 1 none."""
+    tc_weight: float = 1.0
+    """Weight of the total correlation of the aggregated posterior inside the KL (Chen et al., 2018)."""
+    free_bits: float = 0.0
+    """Nats that a group of latent dimensions may use at no cost, as a mean over the minibatch (Kingma et al., 2016)."""
+    free_bits_groups: int = 0
+    """Groups into which the dimensions of each latent node fall in order; 0: every dimension is one."""
     average: float = 0.999
     """Decay of the exponential moving average of the weights that is validated and kept; 0 turns it off."""
     validation: float = 0.1
@@ -170,13 +233,26 @@ class TrainConfig(_Checked):
         self._check_types()
         self._check_choice("optimizer", Optimizer)
         self._check_choice("schedule", Schedule)
-        for name in ("steps", "batch_size", "samples", "validate_every", "log_every", "checkpoint_every"):
+        self._check_choice("gradient", Gradient)
+        self._check_choice("discrete", Discrete)
+        for name in ("steps", "batch_size", "samples", "kl_cycles", "validate_every", "log_every", "checkpoint_every"):
             self._check(name, "at least 1", getattr(self, name) >= 1, "Give a positive whole number.")
-        for name in ("warmup_steps", "kl_warmup_steps", "patience", "seed"):
+        for name in ("warmup_steps", "kl_warmup_steps", "free_bits_groups", "patience", "seed"):
             self._check(name, "at least 0", getattr(self, name) >= 0, "Give zero to switch it off.")
-        for name in ("weight_decay", "clip_norm"):
+        for name in ("weight_decay", "clip_norm", "beta", "tc_weight", "free_bits"):
             value = getattr(self, name)
             self._check(name, "finite and at least 0", 0 <= value < math.inf, "Give zero to switch it off.")
+        self._check("temperature", "finite and above 0", 0 < self.temperature < math.inf, "0.5 is a common choice.")
+        if self.kl_cycles > 1 and not 0 < self.kl_warmup_steps <= self.steps // self.kl_cycles:
+            raise InputError(
+                f"`kl_cycles` {self.kl_cycles} splits {self.steps} steps into {self.steps // self.kl_cycles} each, "
+                f"which holds one rise of `kl_warmup_steps`; got {self.kl_warmup_steps}. Give a rise above 0 "
+                "that fits."
+            )
+        if self.tc_weight != 1 and (self.free_bits or self.beta != 1):
+            raise InputError("`tc_weight` goes without `beta` and `free_bits`: each changes the KL its own way.")
+        if self.free_bits_groups and not self.free_bits:
+            raise InputError("`free_bits_groups` has no effect without `free_bits`. Give it nats, or drop it.")
         rate = self.learning_rate
         self._check("learning_rate", "finite and above 0", 0 < rate < math.inf, "1e-3 is a common choice.")
         for name in ("average", "validation"):

@@ -14,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 import torch.distributions as td
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
-from aevb.bounds import evaluating, holes_in, prepare, terms
+from aevb.bounds import evaluating, holes_in, prepare, refuse_shared, terms
 from aevb.config import InputError
 
 __all__ = ["Marginal", "active_units", "log_marginal", "pareto_k"]
@@ -50,6 +50,7 @@ def log_marginal(
     *,
     seed: int = 0,
     pack: int = 2048,
+    discrete: Literal["sum", "sample"] = "sum",
     progress: Callable[[int], None] | None = None,
 ) -> Marginal:
     r"""Estimate :math:`\log p(x)` per datum by importance sampling from q, with standard error, ESS and Pareto k-hat.
@@ -67,6 +68,7 @@ def log_marginal(
         samples: Draws L per datum.
         seed: Key of the draws; torch's own generator is neither used nor moved.
         pack: Most draws held in memory at once, by blocks of 256.
+        discrete: "sum" over the states of latent classes and binary vectors, or "sample" them.
         progress: Called with the number of rows finished since the last call.
 
     Returns:
@@ -86,6 +88,7 @@ def log_marginal(
     """
     if samples < 1 or pack < 1:
         raise InputError(f"`samples` and `pack` must be at least 1; got {samples} and {pack}.")
+    refuse_shared(vae)
     values = prepare(vae, values)
     holes, rows = holes_in(values), rows_of(values)
     digests = [_digest(values, row) for row in range(rows)]
@@ -100,7 +103,7 @@ def log_marginal(
             given = {name: value[chunk] for name, value in values.items()}
             try:
                 keys = _Keys(seed=seed, digests=digests[chunk], pack=draws, alone=alone)
-                results.append(_estimate(vae, given, samples, holes, keys, encoded))
+                results.append(_estimate(vae, given, samples, holes, keys, encoded, discrete))
             except _NotNormal:
                 widest, alone = 1, True
                 continue
@@ -174,7 +177,13 @@ def pareto_k(tail: Tensor, cutoff: Tensor) -> Tensor:
 
 
 def _estimate(
-    vae: VAE, given: Values, samples: int, holes: tuple[str, ...], keys: _Keys, encoded: dict[str, td.Distribution]
+    vae: VAE,
+    given: Values,
+    samples: int,
+    holes: tuple[str, ...],
+    keys: _Keys,
+    encoded: dict[str, td.Distribution],
+    discrete: Literal["sum", "sample"],
 ) -> tuple[Tensor, ...]:
     """All packs of some rows: running sums of w, w^2 and log w, and the tail that k-hat needs."""
     rows, pack = len(keys.digests), _BLOCK if keys.alone else keys.pack
@@ -182,8 +191,8 @@ def _estimate(
     for first in range(0, samples, pack):
         count = min(pack, samples - first)
         noise = functools.partial(_Keyed, keys, first // _BLOCK)
-        integrand = terms(vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded).weighted()
-        running.add(integrand.expand(count, rows).double())
+        found = terms(vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded, discrete=discrete)
+        running.add(found.log_weights().expand(count, rows).double())
     return running.result()
 
 
@@ -266,7 +275,7 @@ class _Keyed:
             raise _NotNormal
         with torch.random.fork_rng():
             torch.manual_seed(self._key(0, 0))
-            return d.rsample()
+            return d.rsample() if d.has_rsample else d.sample()
 
     def _key(self, row: int, block: int) -> int:
         # torch's generator keeps 32 bits of it: of 100,000 blocks one or two pairs share their noise, in two rows.

@@ -453,12 +453,12 @@ def _model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     given = dict(model)
     if given["likelihood"] == "auto":
         given["likelihood"] = _likelihood(data)
-    if given["likelihood"] == "binomial" and given["total_count"] is None:
+    if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
         given["total_count"] = data.total_count
-    if given["likelihood"] == "normal" and data.constant:
+    if given["likelihood"] in ("normal", "student-t") and data.constant:
         raise InputError(
             f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
-            "normal likelihood would go to zero there. Leave them out with --drop-constant."
+            "normal or student-t likelihood would go to zero there. Leave them out with --drop-constant."
         )
     given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
     return ModelConfig(features=data.features, **given)

@@ -3,9 +3,42 @@ r"""Conditionals p(child | parents): modules whose `forward(*parents)` returns a
 Every distribution is built with `validate_args=False`: values are checked once, where they enter the library.
 """
 
+from aevb.conditionals.autoregressive import AutoregressiveBernoulli
+from aevb.conditionals.deterministic import Deterministic
 from aevb.conditionals.form import Conditional
-from aevb.conditionals.likelihoods import Bernoulli, Binomial, Normal
-from aevb.conditionals.posteriors import DiagonalNormal, FullNormal
-from aevb.conditionals.priors import StandardNormal
+from aevb.conditionals.likelihoods import (
+    Bernoulli,
+    BetaBinomial,
+    Binomial,
+    DiscretizedLogistic,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+    StudentT,
+    ZeroInflatedNegativeBinomial,
+)
+from aevb.conditionals.posteriors import DiagonalNormal, FullNormal, LadderNormal
+from aevb.conditionals.priors import Categorical, LearnedNormal, MixtureOfNormals, StandardNormal, VampPrior
 
-__all__ = ["Bernoulli", "Binomial", "Conditional", "DiagonalNormal", "FullNormal", "Normal", "StandardNormal"]
+__all__ = [
+    "AutoregressiveBernoulli",
+    "Bernoulli",
+    "BetaBinomial",
+    "Binomial",
+    "Categorical",
+    "Conditional",
+    "Deterministic",
+    "DiagonalNormal",
+    "DiscretizedLogistic",
+    "FullNormal",
+    "LadderNormal",
+    "LearnedNormal",
+    "MixtureOfNormals",
+    "NegativeBinomial",
+    "Normal",
+    "Poisson",
+    "StandardNormal",
+    "StudentT",
+    "VampPrior",
+    "ZeroInflatedNegativeBinomial",
+]

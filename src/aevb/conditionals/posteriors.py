@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aevb.conditionals.form import check_out, check_width, independent
+from aevb.config import InputError
+from aevb.distributions import base_of
 
-__all__ = ["DiagonalNormal", "FullNormal"]
+__all__ = ["DiagonalNormal", "FullNormal", "LadderNormal"]
 
 
 @final
@@ -72,3 +74,48 @@ class FullNormal(nn.Module):
         loc, raw, rows = out.split([self.dims, self.dims, self.dims**2], dim=-1)
         tril = rows.unflatten(-1, (self.dims, self.dims)).tril(-1) + torch.diag_embed(F.softplus(raw))
         return td.MultivariateNormal(loc, scale_tril=tril, validate_args=False)
+
+
+@final
+class LadderNormal(nn.Module):
+    r"""A level of a ladder's q: the Gaussian evidence from below times p's own Gaussian from above.
+
+    With :math:`N(\hat\mu, \operatorname{diag} \hat\sigma^2)` from the net and, given the level above, the prior
+    :math:`N(\mu_p, \operatorname{diag} \sigma_p^2)`, precisions add (Sonderby et al., 2016, eqs. 17 to 19):
+
+    .. math:: \sigma^{-2} = \hat\sigma^{-2} + \sigma_p^{-2}, \quad
+        \mu = \sigma^2 (\hat\mu \hat\sigma^{-2} + \mu_p \sigma_p^{-2}).
+
+    `prior` is the very module that is p's factor of this node: its weights are trained and saved once.
+
+    Args:
+        net: Takes the first parent, what comes from below; returns `(*, 2 D)` as for `DiagonalNormal`.
+        prior: p's factor of this node; takes the remaining parents, and returns a factorized Gaussian.
+
+    Example:
+        >>> from aevb import MLP
+        >>> prior = DiagonalNormal(MLP(2, [8], 2 * 3))
+        >>> LadderNormal(MLP(5, [8], 2 * 3), prior)(torch.zeros(4, 5), torch.zeros(4, 2)).event_shape
+        torch.Size([3])
+    """
+
+    def __init__(self, net: nn.Module, prior: nn.Module) -> None:
+        super().__init__()
+        check_width("LadderNormal", net, lambda width: width >= 2 and width % 2 == 0, "2 D, a mean and a scale each")
+        self.net, self.prior = net, prior
+
+    def forward(self, below: Tensor, *above: Tensor) -> td.Distribution:
+        """What comes from below `(*, D_0)`, then p's parents of the node."""
+        above_d = base_of(self.prior(*above))
+        if not isinstance(above_d, td.Normal):
+            raise InputError(
+                f"LadderNormal needs a prior that is a factorized Gaussian; got {type(above_d).__name__}. "
+                "Give the node a DiagonalNormal or StandardNormal in p."
+            )
+        out = self.net(below)
+        check_out("LadderNormal", out, 2 * above_d.loc.shape[-1])
+        loc, raw = out.chunk(2, dim=-1)
+        from_below, from_above = F.softplus(raw).square().reciprocal(), above_d.scale.square().reciprocal()
+        variance = 1 / (from_below + from_above)
+        mean = variance * (loc * from_below + above_d.loc * from_above)
+        return independent(td.Normal(mean, variance.sqrt(), validate_args=False))

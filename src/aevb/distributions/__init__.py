@@ -1,20 +1,41 @@
 """What torch.distributions lacks: drawing with the density, keyed noise, densities with holes, closed-form KLs."""
 
 from aevb.distributions.density import base_of, check_factorizes, log_prob, support_violation
-from aevb.distributions.drawing import Noise, draw, reparameterize, rsample_and_log_prob
-from aevb.distributions.families import Binomial
+from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
+from aevb.distributions.families import (
+    BetaBinomial,
+    Binomial,
+    DiscretizedLogistic,
+    NegativeBinomial,
+    Poisson,
+    StudentT,
+    ZeroInflatedNegativeBinomial,
+)
+from aevb.distributions.finite import Delta, OneHot, count_states, relaxed, states
 from aevb.distributions.kl import CLOSED_KL, closed_kl
 
 __all__ = [
     "CLOSED_KL",
+    "BetaBinomial",
     "Binomial",
+    "Delta",
+    "DiscretizedLogistic",
+    "NegativeBinomial",
     "Noise",
+    "OneHot",
+    "Poisson",
+    "StudentT",
+    "ZeroInflatedNegativeBinomial",
     "base_of",
     "check_factorizes",
     "closed_kl",
+    "count_states",
     "draw",
     "log_prob",
+    "normals",
+    "relaxed",
     "reparameterize",
     "rsample_and_log_prob",
+    "states",
     "support_violation",
 ]

@@ -30,22 +30,27 @@ def log_prob(d: td.Distribution, value: Tensor, known: Tensor | None = None) -> 
     Returns:
         :math:`\log p(x_{\text{known}})`, `(*,)`.
 
-    Raises:
-        InputError: If entries are missing and `d` does not factorize over them.
+    A joint density that does not factorize takes rows that are known or missing throughout; `check_factorizes` refuses
+    others at the boundary, where values can be read.
     """
     if known is None:
         return d.log_prob(value)
-    check_factorizes(d)
     base = base_of(d)
+    axes = tuple(range(-len(d.event_shape), 0))
     # The density never sees the NaN: where() after log_prob would keep it out of the value but not of the gradient.
-    entries = base.log_prob(torch.where(known, value, _filler(base)))
-    entries = torch.where(known, entries, 0.0)
-    return entries.sum(tuple(range(-len(d.event_shape), 0))) if d.event_shape else entries
+    if base is d and d.event_shape:  # a row is known or missing throughout, or the boundary refused it
+        whole = known.all(-1) if len(axes) == 1 else known.flatten(-len(axes)).all(-1)
+        return torch.where(whole, d.log_prob(torch.where(known, value, 0.0)), 0.0)
+    entries = torch.where(known, base.log_prob(torch.where(known, value, _filler(base))), 0.0)
+    return entries.sum(axes) if axes else entries
 
 
-def check_factorizes(d: td.Distribution) -> None:
-    """Raise unless the entries of `d` are independent given the parents, so that single ones can be left out."""
+def check_factorizes(d: td.Distribution, known: Tensor) -> None:
+    """Raise if a row of `known` `(N, *event)` is known in part, unless the entries of `d` are independent."""
     if base_of(d) is d and d.event_shape:
+        flat = known.flatten(1)
+        if bool((flat.all(1) | ~flat.any(1)).all()):
+            return
         raise InputError(
             f"{type(d).__name__} does not factorize over its entries, so missing ones cannot be integrated out. "
             "Use a factorized likelihood, or fill the missing entries."
@@ -71,7 +76,10 @@ def support_violation(d: td.Distribution, value: Tensor) -> tuple[int, ...] | No
         value: Data.
     """
     base = base_of(d)
-    inside = base.support.check(torch.where(value.isnan(), _filler(base), value))  # type: ignore[union-attr]
+    support = base.support
+    if isinstance(support, td.constraints.independent):  # which tells the row, not the entry
+        support = support.base_constraint
+    inside = support.check(torch.where(value.isnan(), _filler(base), value))  # type: ignore[union-attr]
     # Bounds that are tensors carry the leading axes of `d`, all ones.
     inside = inside.reshape(inside.shape[max(0, inside.ndim - value.ndim) :])
     if bool(inside.all()):

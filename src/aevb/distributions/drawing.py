@@ -18,7 +18,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.distributions.density import base_of
 
-__all__ = ["Noise", "draw", "reparameterize", "rsample_and_log_prob"]
+__all__ = ["Noise", "draw", "normals", "reparameterize", "rsample_and_log_prob"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -27,7 +27,7 @@ class Noise(Protocol):
     """Where draws come from, when not from torch's current generator."""
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """Standard normals of `shape`, with the dtype and device of `like`."""
+        """Standard normals of `shape`, `(K, N, ...)`, with the dtype and device of `like`."""
         ...
 
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
@@ -73,17 +73,17 @@ def reparameterize(
     if hasattr(d, "rsample_and_log_prob"):
         z, log_density = d.rsample_and_log_prob(shape, noise)
         return z, lambda: log_density
-    base, full = base_of(d), shape + d.event_shape
+    base = base_of(d)
     if type(base) is td.Normal:  # not a subclass, whose draws are its own
         loc, scale = base.loc, base.scale
-        eps = _normal(full, loc, noise)
+        eps = normals(shape, d.event_shape, loc, noise)
         dims = tuple(range(-len(d.event_shape), 0))
         if not dims:
             return loc + scale * eps, lambda: -0.5 * (eps.square() + _LOG_2PI) - scale.log()
         return loc + scale * eps, lambda: (-0.5 * (eps.square() + _LOG_2PI) - scale.log()).sum(dims)
     if type(d) is td.MultivariateNormal:
         tril = d.scale_tril
-        eps = _normal(full, d.loc, noise)
+        eps = normals(shape, d.event_shape, d.loc, noise)
         z = d.loc + (tril @ eps.unsqueeze(-1)).squeeze(-1)
         return z, lambda: -0.5 * (eps.square() + _LOG_2PI).sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if not d.has_rsample:
@@ -96,7 +96,10 @@ def reparameterize(
     return sample, lambda: expanded.log_prob(sample)
 
 
-def _normal(shape: torch.Size, like: Tensor, noise: Noise | None) -> Tensor:
+def normals(lead: torch.Size, event: torch.Size, like: Tensor, noise: Noise | None) -> Tensor:
+    """Standard normals `(*lead, *event)`; axes in front of (K, N) are asked of `noise` behind them."""
     if noise is None:
-        return torch.randn(shape, dtype=like.dtype, device=like.device)
-    return noise.normal(shape, like)
+        return torch.randn(lead + event, dtype=like.dtype, device=like.device)
+    extra = max(0, len(lead) - 2)
+    drawn = noise.normal(lead[extra:] + lead[:extra] + event, like)
+    return drawn.permute(*range(2, 2 + extra), 0, 1, *range(2 + extra, drawn.ndim)) if extra else drawn

@@ -14,7 +14,10 @@ from typing import Any, Self
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 
-__all__ = ["History", "Interrupt"]
+__all__ = ["History", "Interrupt", "dead_dimensions", "told_collapse", "told_dead"]
+
+_DEAD = 0.01
+"""Nats below which a latent dimension, or a node whose KL does not split, carries nothing."""
 
 
 class History:
@@ -84,3 +87,25 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+
+
+def dead_dimensions(kl_dims: Mapping[str, list[float]]) -> dict[str, list[int]]:
+    """By latent node, the dimensions whose mean KL over the log interval is below 0.01 nats."""
+    return {node: [i for i, kl in enumerate(groups) if kl < _DEAD] for node, groups in kl_dims.items()}
+
+
+def told_collapse(node: str, step: int, kl_weight: float) -> str:
+    """What to say of a latent node that carries nothing."""
+    return (
+        f"Posterior collapse: at step {step} every dimension of `{node}` has a KL below {_DEAD} nats at KL weight "
+        f"{kl_weight:g}, so x is modelled without it. Try kl_warmup_steps (a tenth of the steps), free_bits (0.1 to "
+        "0.5), a smaller decoder, or a lower learning_rate."
+    )
+
+
+def told_dead(node: str, dims: list[int], groups: int) -> str:
+    """What to say of dimensions that carry nothing."""
+    return (
+        f"{len(dims)} of {groups} dimensions of `{node}` are dead (KL below {_DEAD} nats): "
+        f"{', '.join(map(str, dims))}. Fewer latents would do; to use them, try free_bits or kl_warmup_steps."
+    )

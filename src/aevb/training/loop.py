@@ -24,8 +24,8 @@ from aevb._shapes import rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, load, load_weights, save
-from aevb.config import InputError, TrainConfig
-from aevb.training.log import History, Interrupt
+from aevb.config import Discrete, InputError, TrainConfig
+from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.step import OBJECTIVES, Objective, Step, can_compile
 from aevb.training.updates import OptimizerState, update_eagerly
 
@@ -155,7 +155,7 @@ class _Trainer:
         _check_memory(vae, self.batch_size * config.samples)
         self.orders: dict[int, Tensor] = {}
         self.state = OptimizerState.start(params, config)
-        self.inner = Step(vae, objective, self.state, config, self._check_data())
+        self.inner = Step(vae, objective, self.state, config, self._check_data(), len(self.training))
         self.inner.measure(self.batch(0))
         self.history = History([], out)
         self.step = 0
@@ -163,6 +163,7 @@ class _Trainer:
         self.best_bound, self.stale = -math.inf, 0
         self.seconds = 0.0
         self.finished = False
+        self.collapsed: set[str] = set()
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """The rows of one step, torch's generator seeded for it."""
@@ -184,7 +185,8 @@ class _Trainer:
         return self.orders[epoch]
 
     def _take(self, indices: Tensor) -> dict[str, Tensor]:
-        return {name: value.to(self.reference) for name, value in self.data.take(indices).items()}
+        taken = self.vae.p.to_states(self.data.take(indices))
+        return {name: value.to(self.reference) for name, value in taken.items()}
 
     def _seed(self, purpose: str, number: int) -> None:
         key = _key(self.config.seed, purpose, number)
@@ -229,8 +231,10 @@ class _Trainer:
         if len(self.held_out) and (self.step % config.validate_every == 0 or last):
             validation = self._validate()
         if self.step % config.log_every == 0 or last or self.finished:
-            record = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
+            record: dict[str, Any] = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
             record |= self.inner.meter.read()
+            record["dead"] = dead_dimensions(record["kl_dims"])
+            self._watch(record, last or self.finished)
             record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
             if validation is not None:
                 record["validation"] = validation
@@ -242,6 +246,18 @@ class _Trainer:
             self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
         if self.out is not None and self.step % config.checkpoint_every == 0:
             self.checkpoint()
+
+    def _watch(self, record: dict[str, Any], ended: bool) -> None:
+        """Name the dead latent dimensions: at once where a whole node has collapsed, the others at the end."""
+        # A young encoder uses nothing yet: a collapse is called one after a tenth of the run at full KL weight.
+        ripe = self.step >= self.config.steps / 10 + self.config.kl_warmup_steps
+        for node, dims in record["dead"].items():
+            whole = len(dims) == self.inner.meter.groups[node]
+            if whole and (ripe or ended) and node not in self.collapsed:
+                self.collapsed.add(node)
+                _log.warning("%s", told_collapse(node, self.step, record["kl_weight"]))
+            elif dims and ended and not whole:
+                _log.info("%s", told_dead(node, dims, self.inner.meter.groups[node]))
 
     @contextlib.contextmanager
     def _stepper(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
@@ -283,7 +299,12 @@ class _Trainer:
         return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * through))
 
     def _kl_weight(self, step: int) -> float:
-        return min(1.0, step / self.config.kl_warmup_steps) if self.config.kl_warmup_steps else 1.0
+        config = self.config
+        if not config.kl_warmup_steps:
+            return config.beta
+        length = config.steps // config.kl_cycles
+        since = step - min(step // length, config.kl_cycles - 1) * length
+        return config.beta * min(1.0, since / config.kl_warmup_steps)
 
     def _dropped(self, in_row: int, weight: float) -> int:
         """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
@@ -307,14 +328,16 @@ class _Trainer:
             for number, indices in enumerate(self.held_out.split(_CHUNK)):
                 self._seed("validation", number)
                 values = self._take(indices)
-                total += float(
-                    terms(self.vae, values, 1, holes=holes_in(values)).weighted().expand(1, len(indices)).sum()
+                discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
+                found = terms(
+                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=len(self.training)
                 )
+                total += float(found.weighted().expand(1, len(indices)).sum())
             bound = total / len(self.held_out)
             if bound > self.best_bound:
                 self.best_bound, self.stale = bound, 0
                 self.best = _copy(self.vae)
-            elif self._kl_weight(self.step) >= 1:
+            elif self._kl_weight(self.step) >= self.config.beta:
                 self.stale += 1
                 self.finished = 0 < self.config.patience <= self.stale
         return bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import logging
 import math
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
-from aevb.bounds import Kl, Terms, log_mean, terms
+from aevb.bounds import (
+    Kl,
+    Terms,
+    estimate,
+    free_bits_kl,
+    mean_bound,
+    mean_log_bound,
+    refuse_shared,
+    total_correlation,
+)
 from aevb.config import InputError, TrainConfig
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
@@ -25,19 +35,29 @@ _log = logging.getLogger("aevb")
 Objective = Callable[..., Tensor]
 
 
-def _elbo(found: Terms, kl_weight: Tensor | float, samples: int, rows: int) -> Tensor:
-    return found.weighted(kl_weight).expand(samples, rows).mean(0)
+def _elbo(found: Terms, weight: Tensor | float, config: TrainConfig, rows: int, shared: tuple[str, ...]) -> Tensor:
+    if config.free_bits:
+        integrand = found.reconstruction - weight * free_bits_kl(
+            found, config.free_bits, config.free_bits_groups, shared
+        )
+    else:
+        integrand = found.weighted(weight)
+    if config.tc_weight != 1:
+        integrand = integrand - (config.tc_weight - 1) * total_correlation(found)
+    return mean_bound(found, integrand, config.samples, rows)
 
 
-def _iwae(found: Terms, kl_weight: Tensor | float, samples: int, rows: int) -> Tensor:
-    return log_mean(found.weighted(kl_weight).expand(samples, rows))
+def _iwae(found: Terms, weight: Tensor | float, config: TrainConfig, rows: int, shared: tuple[str, ...]) -> Tensor:
+    return mean_log_bound(found, found.log_weights(weight), config.samples, rows)
 
 
-OBJECTIVES: dict[str, tuple[Kl, Callable[[Terms, Tensor | float, int, int], Tensor]]] = {
+OBJECTIVES: dict[str, tuple[Kl, Callable[[Terms, Tensor | float, TrainConfig, int, tuple[str, ...]], Tensor]]] = {
     "elbo": ("auto", _elbo),
     "iwae": ("sampled", _iwae),
 }
 """Name to the kind of KL its terms need and their reduction to `(N,)`, nats, higher is better."""
+
+_PLAIN = TrainConfig()
 
 
 class Meter:
@@ -78,42 +98,80 @@ class Meter:
         return record
 
 
-def _check_objective(objective: Objective, vae: VAE, values: Values) -> None:
+def _wanted(objective: Objective) -> set[str]:
+    """Which of the tensors that `fit` can hand over an objective takes."""
     parameters = inspect.signature(objective).parameters
-    if "kl_weight" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    wanted = {name for name in ("kl_weight", "bound") if name in parameters}
+    if not open_ended and "kl_weight" not in wanted:
         raise InputError(
             "`objective` must take `(vae, values, **tensors)`, since it is handed kl_weight. "
             "Wrap it: lambda vae, values, **tensors: ..."
         )
-    found = objective(vae, values, kl_weight=torch.ones(()))
-    if found.shape != (rows_of(values),):
+    return wanted | {"kl_weight"}
+
+
+def _check_settings(objective: str | Objective, config: TrainConfig) -> None:
+    """Raise for settings that the objective would ignore or cannot take."""
+    if objective not in OBJECTIVES if isinstance(objective, str) else not callable(objective):
+        raise InputError(f"`objective` must be one of {', '.join(OBJECTIVES)}, or a function; got {objective!r}.")
+    if objective == "iwae" and config.samples < 2:
+        raise InputError("`objective` iwae with one draw is elbo with more variance. Give `samples` of 2 or more.")
+    if config.gradient == {"iwae": "stl"}.get(str(objective), "dreg"):
         raise InputError(
-            f"`objective` must return one number a datum, ({rows_of(values)},); got {tuple(found.shape)}. "
-            "Sum over events, average over draws, and leave the data."
+            f"`gradient` {config.gradient} is not for this objective: sticking the landing (stl) is biased on iwae "
+            "with several draws, and the doubly reparameterized one (dreg) is made for it. Use stl with elbo, dreg "
+            "with iwae."
         )
+    shaping = [name for name in ("free_bits", "tc_weight") if getattr(config, name) != getattr(_PLAIN, name)]
+    if shaping and objective == "iwae":
+        raise InputError(f"`{shaping[0]}` changes the KL, which iwae does not have. Use objective elbo.")
+    if config.discrete == "relax" and objective == "iwae":
+        raise InputError("`discrete` relax leaves no weights, so there is no iwae. Use elbo, or sum or sample.")
+    if not isinstance(objective, str) and "bound" not in _wanted(objective):
+        shaping += [name for name in ("gradient", "discrete") if getattr(config, name) != getattr(_PLAIN, name)]
+        if shaping:
+            raise InputError(
+                f"`{shaping[0]}` shapes the bound, and this objective does not take one. Let it take the keyword "
+                "`bound`, (N,), or drop the setting."
+            )
 
 
 class Step:
     """Bound, gradient, clipping, update, averaging and sums for one batch."""
 
     def __init__(
-        self, vae: VAE, objective: str | Objective, state: OptimizerState, config: TrainConfig, holes: tuple[str, ...]
-    ) -> None:
-        if objective not in OBJECTIVES if isinstance(objective, str) else not callable(objective):
-            raise InputError(f"`objective` must be one of {', '.join(OBJECTIVES)}, or a function; got {objective!r}.")
-        if objective == "iwae" and config.samples < 2:
-            raise InputError("`objective` iwae with one draw is elbo with more variance. Give `samples` of 2 or more.")
+        self, vae: VAE, objective: str | Objective, state: OptimizerState, config: TrainConfig, holes: tuple[str, ...],
+        data_size: int,
+    ) -> None:  # fmt: skip
+        _check_settings(objective, config)
         self.vae, self.objective, self.state, self.config, self.holes = vae, objective, state, config, holes
+        self.data_size = data_size
+        self.wanted = set() if isinstance(objective, str) else _wanted(objective)
+        self.kl, self.reduce = OBJECTIVES[objective if isinstance(objective, str) else "elbo"]
+        # Whether the objective at KL weight 1 is the bound itself.
+        self.is_bound = isinstance(objective, str) and not config.free_bits and config.tc_weight == 1
+        self.is_bound &= config.discrete != "relax"
         self.update = update_eagerly
         self.meter = Meter({}, state.count.device)
 
     def measure(self, values: Values) -> None:
-        """Learn from one batch into how many groups each latent's KL comes."""
-        kl: Kl = OBJECTIVES[self.objective][0] if isinstance(self.objective, str) else "auto"
+        """Learn from one batch into how many groups each latent's KL comes, and let a custom objective be seen."""
         with torch.no_grad():
-            found = terms(self.vae, values, 1, kl=kl, holes=self.holes)
-            if not isinstance(self.objective, str):
-                _check_objective(self.objective, self.vae, values)
+            found = self._terms(values)
+            per_row = self._objective(values, found, torch.ones(()))
+        if per_row.shape != (rows_of(values),):
+            raise InputError(
+                f"`objective` must return one number a datum, ({rows_of(values)},); got {tuple(per_row.shape)}. "
+                "Sum over events, average over draws, and leave the data."
+            )
+        if self.objective == "iwae" and found.summed:
+            raise InputError(
+                f"iwae gives q(`{found.summed[0]}`) no gradient, since its states are summed over. Train by elbo, or "
+                "by an objective of your own that adds a term for it, such as aevb.log_q."
+            )
+        if self.objective == "iwae":
+            refuse_shared(self.vae)
         self.meter = Meter({node: found.node_kl(node).shape[-1] for node in found.latents}, self.state.count.device)
 
     def __call__(self, values: Values, rate: Tensor | float, kl_weight: Tensor | float) -> None:
@@ -124,33 +182,54 @@ class Step:
         norm, ok = self.update(self.state, grads, loss, rate, self.config)
         with torch.no_grad():
             # Means over draws and data of terms that broadcast over either.
-            divergences = [found.node_kl(node).flatten(0, -2).mean(0) for node in self.meter.groups]
+            divergences = [found.node_kl(node).reshape(-1, count).mean(0) for node, count in self.meter.groups.items()]
             scalars = [bound, -loss, found.reconstruction.mean(), norm]
             self.meter.add([s.detach().to(torch.get_default_dtype()) for s in scalars], divergences, ok)
 
-    def _loss(self, values: Values, kl_weight: Tensor | float) -> tuple[Tensor, Tensor, Terms]:
-        rows, samples = rows_of(values), self.config.samples
+    def _terms(self, values: Values) -> Terms:
+        config = self.config
+        return estimate(
+            self.vae, values, config.samples, kl=self.kl, gradient=config.gradient, discrete=config.discrete,
+            temperature=config.temperature, data_size=self.data_size, holes=self.holes,
+        )  # fmt: skip
+
+    def _objective(self, values: Values, found: Terms, kl_weight: Tensor | float) -> Tensor:
+        """What is maximised, `(N,)`."""
+        rows = rows_of(values)
         if isinstance(self.objective, str):
-            kl, reduce = OBJECTIVES[self.objective]
-            found = terms(self.vae, values, samples, kl=kl, holes=self.holes)
-            loss = -reduce(found, kl_weight, samples, rows).mean()
-            if isinstance(kl_weight, float) and kl_weight == 1.0:
-                return loss, -loss.detach(), found
-            with torch.no_grad():
-                return loss, reduce(found, 1.0, samples, rows).mean(), found
-        weight = torch.as_tensor(kl_weight)
-        loss = -self.objective(self.vae, values, kl_weight=weight).mean()
+            return self.reduce(found, kl_weight, self.config, rows, self.vae.shared)
+        given = {"kl_weight": torch.as_tensor(kl_weight)}
+        if "bound" in self.wanted:
+            given["bound"] = self.reduce(found, kl_weight, self.config, rows, self.vae.shared)
+        return self.objective(self.vae, values, **given)
+
+    def _loss(self, values: Values, kl_weight: Tensor | float) -> tuple[Tensor, Tensor, Terms]:
+        """The loss to differentiate, the bound beside it, and the terms that history reports; all of one batch."""
+        needed = isinstance(self.objective, str) or "bound" in self.wanted
+        with contextlib.nullcontext() if needed else torch.no_grad():
+            found = self._terms(values)
+        loss = -self._objective(values, found, kl_weight).mean()
+        if self.is_bound and isinstance(kl_weight, float) and kl_weight == 1.0:
+            return loss, -loss.detach(), found
         with torch.no_grad():
-            found = terms(self.vae, values, samples, holes=self.holes)
-            return loss, _elbo(found, 1.0, samples, rows).mean(), found
+            if self.config.discrete == "relax":  # a relaxed value is no bound: draw classes instead
+                found = estimate(
+                    self.vae, values, self.config.samples, discrete="sample", data_size=self.data_size, holes=self.holes
+                )
+            return loss, self.reduce(found, 1.0, _plain(self.config), rows_of(values), self.vae.shared).mean(), found
 
     def explain(self, values: Values, kl_weight: float) -> str:
         """Which term, rows and parameters are not finite on this batch, in words."""
-        found = terms(self.vae, values, self.config.samples, kl="sampled", holes=self.holes)
+        discrete = "sample" if self.config.discrete == "relax" else self.config.discrete
+        found = estimate(
+            self.vae, values, self.config.samples, kl="sampled", discrete=discrete, data_size=self.data_size,
+            holes=self.holes,
+        )  # fmt: skip
         told = []
         for kind, by_node in (("log p", found.log_p), ("log q", found.log_q)):
             for node, value in by_node.items():
-                bad = (~value.expand(self.config.samples, rows_of(values)).isfinite()).any(0).nonzero()[:, 0]
+                odd_rows = ~(value + torch.zeros(rows_of(values), device=value.device)).isfinite()
+                bad = odd_rows.flatten(0, -2).any(0).nonzero()[:, 0] if odd_rows.ndim > 1 else odd_rows.nonzero()[:, 0]
                 if len(bad):
                     told.append(f"{kind}({node}) in rows {bad[:5].tolist()} of the batch")
         loss, _, _ = self._loss(values, kl_weight)
@@ -175,6 +254,11 @@ class Step:
         with torch._dynamo.config.patch(trace_autograd_ops=True):
             yield torch.compile(self.__call__, fullgraph=True, dynamic=False, options={"fallback_random": True})
         self.update = update_eagerly
+
+
+def _plain(config: TrainConfig) -> TrainConfig:
+    """As `config`, with nothing in it that makes the objective differ from the bound."""
+    return dataclasses.replace(config, beta=1.0, tc_weight=1.0, free_bits=0.0, free_bits_groups=0)
 
 
 def can_compile() -> str | None:

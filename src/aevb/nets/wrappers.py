@@ -1,81 +1,15 @@
-"""Nets: tensors to tensors, no probability in them.
-
-Any `nn.Module` that maps the parents' values to one tensor will do; these are the ones most models are made of.
-"""
+"""Nets around a net."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor, nn
 
-from aevb._shapes import join
+from aevb._shapes import by_rows, join
 from aevb.config import InputError
 
-__all__ = ["ACTIVATIONS", "MLP", "Holes", "Standardize"]
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "softplus": nn.Softplus,
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-}
-
-
-@final
-class MLP(nn.Module):
-    """Multilayer perceptron: affine maps with a nonlinearity between them; without hidden layers, one affine map.
-
-    Several parents are joined along their last axis. Weights start as in Glorot and Bengio (2010), biases at zero.
-
-    Args:
-        inputs: Sum of the parents' dimensions.
-        hidden: Widths of the hidden layers.
-        outputs: Width of the result.
-        activation: A name from `ACTIVATIONS`.
-
-    Example:
-        >>> import torch
-        >>> MLP(784, [200, 200], 100)(torch.zeros(3, 784)).shape
-        torch.Size([3, 100])
-    """
-
-    def __init__(self, inputs: int, hidden: Sequence[int], outputs: int, activation: str = "silu") -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise InputError(f"`activation` must be one of {', '.join(ACTIVATIONS)}; got {activation!r}.")
-        self.inputs, self.outputs = inputs, outputs
-        widths = [inputs, *hidden, outputs]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in itertools.pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
-        self.layers = nn.Sequential(*layers[:-1])
-        for layer in self.layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, *parents: Tensor) -> Tensor:
-        """Parents `(*, D_i)` to `(*, outputs)`."""
-        width = sum(parent.shape[-1] for parent in parents)
-        if width != self.inputs:
-            came = ", ".join(str(tuple(parent.shape)) for parent in parents)
-            raise InputError(
-                f"MLP takes {self.inputs} inputs; its parents have shapes {came}, {width} together. "
-                f"Build it as MLP({width}, ...), or flatten images with `x.flatten(1)`."
-            )
-        result: Tensor = self.layers(join(parents))
-        return result
-
-    @property
-    def last(self) -> nn.Linear:
-        """The output layer."""
-        layer = self.layers[-1]
-        assert isinstance(layer, nn.Linear)
-        return layer
+__all__ = ["Holes", "Rows", "Standardize"]
 
 
 @final
@@ -90,6 +24,7 @@ class Holes(nn.Module):
 
     Example:
         >>> import torch
+        >>> from aevb import MLP
         >>> net = Holes(MLP(2 * 3, [8], 4))
         >>> net(torch.tensor([[1.0, float("nan"), 0.0]])).isfinite().all().item()
         True
@@ -154,3 +89,34 @@ class Standardize(nn.Module):
             )
         result: Tensor = self.net((parent - self.loc) / self.scale)
         return result
+
+
+@final
+class Rows(nn.Module):
+    """A module that takes one batch `(M, D)`, as a net of ours: parents are joined, their leading axes made one.
+
+    The result gets the leading axes back. Inside, M counts everything the library holds at once, classes and draws as
+    well as data, (E..., K, N): statistics over the batch are taken over all of it.
+
+    Args:
+        net: Maps `(M, D)` to `(M, *)`.
+
+    Example:
+        >>> import torch
+        >>> net = Rows(nn.Sequential(nn.Unflatten(1, (1, 4, 4)), nn.Conv2d(1, 2, 3), nn.Flatten()))
+        >>> net(torch.zeros(5, 3, 16)).shape
+        torch.Size([5, 3, 8])
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    @property
+    def outputs(self) -> int | None:
+        """Width of the result, where `net` knows it."""
+        return getattr(self.net, "outputs", None)
+
+    def forward(self, *parents: Tensor) -> Tensor:
+        """Parents `(*, D_i)` to what `net` returns, `(*, ...)`."""
+        return by_rows(self.net, join(parents))

@@ -1,0 +1,122 @@
+"""Five stochastic layers on dynamic MNIST (Sonderby et al., 2016): how many latent units each remedy keeps alive.
+
+    python benchmarks/reproduce/ladder.py ../shared/data --seeds 0 1 2
+
+z 64-32-16-8-4, two hidden layers of 512/256/128/64/32 units a level. `plain` and the two with batch-norm infer
+bottom-up, q(z1 | x) q(z2 | z1) ...; `ladder` infers top-down: deterministic features rise from x, and each level
+multiplies their Gaussian with p's own. A unit is active where its mean KL over 2000 test images is above 0.01 nats; the
+count by the variance of its posterior mean (above 0.01; Burda et al., 2016) stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from common import Binarized, binarized, mnist, record
+
+import aevb
+from aevb import MLP, VAE, BayesNet, Deterministic, DiagonalNormal, LadderNormal, TrainConfig
+from aevb.bounds import evaluating
+
+LATENTS = (64, 32, 16, 8, 4)
+HIDDEN = (512, 256, 128, 64, 32)
+MODELS = ("plain", "batch-norm", "batch-norm, warm-up", "ladder")
+
+
+def build(model: str, start: torch.Tensor) -> VAE:
+    """The pair; p is the same for all but for batch-norm."""
+    normed = model != "plain"
+
+    def net(inputs: int, width: int, outputs: int) -> MLP:
+        return MLP(inputs, [width, width], outputs, "relu", batch_norm=normed)
+
+    levels = range(1, len(LATENTS) + 1)
+    p: dict[str, torch.nn.Module] = {f"z{len(LATENTS)}": aevb.StandardNormal(LATENTS[-1])}
+    for level, (dims, above) in enumerate(pairwise(LATENTS), 1):
+        p[f"z{level} | z{level + 1}"] = DiagonalNormal(net(above, HIDDEN[level], 2 * dims))
+    decoder = net(LATENTS[0], HIDDEN[0], 784)
+    with torch.no_grad():
+        decoder.last.bias.copy_(torch.logit(start, eps=1e-4))
+    p["x | z1"] = aevb.Bernoulli(decoder)
+    q: dict[str, torch.nn.Module] = {}
+    if model != "ladder":
+        for level, below, dims, width in zip(levels, (784, *LATENTS), LATENTS, HIDDEN, strict=False):
+            q[f"z{level} | {f'z{level - 1}' if level > 1 else 'x'}"] = DiagonalNormal(net(below, width, 2 * dims))
+        return VAE(BayesNet(p), BayesNet(q))
+    for level, below, width in zip(levels, (784, *HIDDEN), HIDDEN, strict=False):
+        q[f"d{level} | {f'd{level - 1}' if level > 1 else 'x'}"] = Deterministic(net(below, width, width))
+    for level, dims, width in zip(levels, LATENTS, HIDDEN, strict=True):
+        evidence = MLP(width, [], 2 * dims)
+        if level == len(LATENTS):
+            q[f"z{level} | d{level}"] = DiagonalNormal(evidence)
+        else:
+            q[f"z{level} | d{level}, z{level + 1}"] = LadderNormal(evidence, p[f"z{level} | z{level + 1}"])
+    return VAE(BayesNet(p), BayesNet(q))
+
+
+def active(vae: VAE, x: torch.Tensor) -> tuple[list[int], list[int]]:
+    """Units of each level by the variance of their mean, and by their KL (averaged over 50 draws of its parents)."""
+    with evaluating(vae):
+        spread = aevb.active_units(vae, {"x": x})
+        torch.manual_seed(0)
+        kl = 0.0
+        for _ in range(50):
+            values = {"x": x}
+            for node in vae.drawing_order(vae.latents({"x": x})):
+                values[node] = vae.home(node).distribution(node, values).sample()
+            by_level = []
+            for level in range(1, len(LATENTS) + 1):
+                q = vae.q.distribution(f"z{level}", values)
+                above = vae.p.distribution(f"z{level}", values)
+                by_level.append(torch.distributions.kl_divergence(q.base_dist, above.base_dist).mean(0))
+            kl = kl + torch.cat(by_level) / 50
+    variance = [int((spread[f"z{level}"] > 0.01).sum()) for level in range(1, len(LATENTS) + 1)]
+    return variance, [int((part > 0.01).sum()) for part in kl.split(LATENTS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--warmup", type=int, default=25, help="epochs over which the weight of the KL rises")
+    parser.add_argument("--batch", type=int, default=256)
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("medium")  # bfloat16 products in training where the processor has them
+    x, _, x_test, _ = mnist(args.data)
+    steps = args.epochs * len(x) // args.batch
+    torch.manual_seed(0)
+    test = binarized(x_test)
+    for seed in args.seeds:
+        for model in args.models:
+            torch.manual_seed(seed)
+            vae, began = build(model, x.float().mean(0) / 255), time.monotonic()
+            warm = args.warmup * len(x) // args.batch if "warm" in model or model == "ladder" else 0
+            config = TrainConfig(
+                steps=steps, batch_size=args.batch, kl_warmup_steps=warm, average=0.0, validation=0.0, seed=seed,
+                compile=True, log_every=500,
+            )  # fmt: skip
+            torch.set_float32_matmul_precision("medium")
+            aevb.fit(vae, Binarized(x), config)
+            minutes = (time.monotonic() - began) / 60
+            torch.set_float32_matmul_precision("highest")
+            variance, by_kl = active(vae, test[:2000])
+            with evaluating(vae):
+                bound = torch.cat([aevb.elbo(vae, {"x": part}) for part in test.split(1000)]).double()
+            figures: dict[str, float | tuple[float, float]] = {
+                "active units (variance)": sum(variance),
+                "active units (KL)": sum(by_kl),
+                "test ELBO": (float(bound.mean()), float(bound.std()) / len(bound) ** 0.5),
+            }
+            figures |= {f"active units of z{level} (variance)": count for level, count in enumerate(variance, 1)}
+            setting = f"{model}; {args.epochs} epochs of batch {args.batch}, warm-up {args.warmup if warm else 0}"
+            record("five layers, dynamic MNIST", setting, seed, minutes, figures)
+
+
+if __name__ == "__main__":
+    main()
