@@ -116,9 +116,12 @@ class Given:
         self.eps = eps
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        assert shape == self.eps.shape
-        assert like.dtype == self.eps.dtype
-        return self.eps
+        # Axes in front of (K, N) are asked for behind them.
+        extra = max(0, self.eps.ndim - 3)
+        eps = self.eps.permute(*range(extra, extra + 2), *range(extra), -1) if extra else self.eps
+        assert shape == eps.shape
+        assert like.dtype == eps.dtype
+        return eps
 
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
         raise AssertionError("a flow's noise is normal")

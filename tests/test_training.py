@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import aevb
 from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
@@ -433,3 +433,29 @@ def test_fully_observed_model_is_fitted_by_maximum_likelihood(double) -> None:
     d = vae.p.distribution("x", {})
     torch.testing.assert_close(d.mean, x.mean(0), rtol=0, atol=1e-4)
     torch.testing.assert_close(d.stddev, x.std(0, correction=0), rtol=0, atol=1e-4)
+
+
+def test_validation_rows_of_ones_own_choose_the_weights():
+    """All of the data are trained on; the ELBO that is reported is that of the rows given, under the kept weights."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 3)
+    other = 3 * torch.randn(40, 3)
+    vae = aevb.build_vae(ModelConfig(features=3, latents=1, hidden=(4,)), x)
+    seen = set()
+
+    class Watched:
+        def __len__(self) -> int:
+            return len(x)
+
+        def take(self, indices: Tensor) -> dict[str, Tensor]:
+            seen.update(indices.tolist())
+            return {"x": x[indices]}
+
+    config = TrainConfig(steps=20, batch_size=20, validate_every=10, log_every=10, average=0.0)
+    run = aevb.fit(vae, Watched(), config, validation={"x": other})
+    assert seen == set(range(60))
+    best = max(record["validation"] for record in run.history)
+    with torch.no_grad():
+        again = torch.stack([aevb.elbo(vae, {"x": other}).mean() for _ in range(200)])
+    # One draw a row made the figure: 4 of its standard errors.
+    assert abs(best - float(again.mean())) < 4 * float(again.std())

@@ -84,7 +84,7 @@ def reparameterize(
     if type(d) is td.MultivariateNormal:
         tril = d.scale_tril
         eps = normals(shape, d.event_shape, d.loc, noise)
-        z = d.loc + (tril @ eps.unsqueeze(-1)).squeeze(-1)
+        z = d.loc + torch.einsum("...ij,...j->...i", tril, eps)  # @ would copy the factors K times
         return z, lambda: -0.5 * (eps.square() + _LOG_2PI).sum(-1) - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     if not d.has_rsample:
         raise InputError(

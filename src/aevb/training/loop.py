@@ -56,6 +56,7 @@ def fit(
     config: TrainConfig | None = None,
     *,
     objective: str | Objective = "elbo",
+    validation: Mapping[str, Any] | Dataset | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Callable[[dict[str, Any]], None] | None = None,
@@ -71,7 +72,9 @@ def fit(
         data: Node names to arrays `(N, *event)`, NaN for missing; or an object with `len` and `take(indices)`.
         config: Schedule, checks and stopping rule; `TrainConfig()` if None.
         objective: A name from `OBJECTIVES`, or any `(vae, values, **tensors) -> (N,)` in nats, higher is better, which
-            is handed `kl_weight`; a module's own parameters are trained too. History reports the ELBO beside it.
+            is handed `kl_weight` and, if it names it, `bound` `(N,)`, the ELBO at that weight; a module's own
+            parameters are trained too. History reports the ELBO beside it.
+        validation: Rows that choose the kept weights, in the form of `data`; None holds out `config.validation` of it.
         out: Folder for checkpoints and `history.csv`; must not hold a run, unless `resume`.
         resume: Go on from the newest checkpoint in `out`.
         progress: Called with each record of the history.
@@ -105,7 +108,7 @@ def fit(
             target.mkdir(parents=True)
     try:
         with torch.random.fork_rng(), Interrupt() as interrupt:
-            trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}))
+            trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}), validation)
             if resume:
                 trainer.restore()
             trainer.train(interrupt, progress)
@@ -141,11 +144,15 @@ class _Trainer:
 
     def __init__(
         self, vae: VAE, data: Mapping[str, Any] | Dataset, config: TrainConfig, objective: str | Objective,
-        out: Path | None, describe: dict[str, Any],
+        out: Path | None, describe: dict[str, Any], validation: Mapping[str, Any] | Dataset | None = None,
     ) -> None:  # fmt: skip
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
         self.data = data if isinstance(data, Dataset) else _Arrays(data)
+        self.judged = self.data
         self.training, self.held_out = split_rows(len(self.data), config)
+        if validation is not None:
+            self.judged = validation if isinstance(validation, Dataset) else _Arrays(validation)
+            self.training, self.held_out = torch.arange(len(self.data)), torch.arange(len(self.judged))
         self.batch_size = min(config.batch_size, len(self.training))
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -174,7 +181,7 @@ class _Trainer:
         for epoch in range(first // count, (last - 1) // count + 1):
             order = self._order(epoch)
             parts.append(order[max(0, first - epoch * count) : last - epoch * count])
-        return self._take(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self._take(self.data, torch.cat(parts) if len(parts) > 1 else parts[0])
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self.orders:
@@ -184,8 +191,8 @@ class _Trainer:
             self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
         return self.orders[epoch]
 
-    def _take(self, indices: Tensor) -> dict[str, Tensor]:
-        taken = self.vae.p.to_states(self.data.take(indices))
+    def _take(self, data: Dataset, indices: Tensor) -> dict[str, Tensor]:
+        taken = self.vae.p.to_states(data.take(indices))
         return {name: value.to(self.reference) for name, value in taken.items()}
 
     def _seed(self, purpose: str, number: int) -> None:
@@ -198,8 +205,9 @@ class _Trainer:
         """See every row once before training; returns the names that have holes."""
         self._seed("check", 0)
         holes: set[str] = set()
-        for indices in torch.arange(len(self.data)).split(_CHUNK):
-            holes.update(holes_in(prepare(self.vae, self.data.take(indices))))
+        for data in (self.data, *([] if self.judged is self.data else [self.judged])):
+            for indices in torch.arange(len(data)).split(_CHUNK):
+                holes.update(holes_in(prepare(self.vae, data.take(indices))))
         return tuple(sorted(holes))
 
     def train(self, interrupt: Interrupt, progress: Callable[[dict[str, Any]], None] | None) -> None:
@@ -327,7 +335,7 @@ class _Trainer:
             total = 0.0
             for number, indices in enumerate(self.held_out.split(_CHUNK)):
                 self._seed("validation", number)
-                values = self._take(indices)
+                values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
                     self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=len(self.training)
@@ -379,6 +387,7 @@ class _Trainer:
         numbers = {
             "step": self.step, "best_bound": self.best_bound, "stale": self.stale, "seconds": self.seconds,
             "finished": self.finished, "since_log": self.inner.meter.steps, "rows": len(self.data),
+            "held_out": len(self.held_out),
             "threads": torch.get_num_threads(),
             "device": str(self.reference.device),
         }  # fmt: skip
@@ -430,9 +439,14 @@ class _Trainer:
                 f"`{self.out}` was trained otherwise ({told}); it cannot go on so. Give the same settings."
             )
         numbers = found.resume["numbers"]
-        here = {"rows": len(self.data), "threads": torch.get_num_threads(), "device": str(self.reference.device)}
+        here = {
+            "rows": len(self.data),
+            "held_out": len(self.held_out),
+            "threads": torch.get_num_threads(),
+            "device": str(self.reference.device),
+        }
         for name, value in here.items():
-            if numbers[name] != value:
+            if numbers.get(name, value) != value:
                 raise InputError(
                     f"`{self.out}` was trained with {name} {numbers[name]}, now {value}; the run would not be the "
                     f"same. Resume it with the same {name} (threads: torch.set_num_threads, or OMP_NUM_THREADS)."
