@@ -7,6 +7,7 @@ Monte Carlo comparisons allow four standard errors, told beside each; all others
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributions as td
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor, nn
 
 from aevb import (
@@ -22,11 +23,16 @@ from aevb import (
     BayesNet,
     Bernoulli,
     Binomial,
+    Categorical,
     DiagonalNormal,
     FullNormal,
     InputError,
+    LadderNormal,
+    LearnedNormal,
+    MixtureOfNormals,
     Normal,
     StandardNormal,
+    VampPrior,
     distributions,
 )
 from aevb.conditionals import (
@@ -40,11 +46,15 @@ from aevb.conditionals import (
 )
 from aevb.distributions import (
     CLOSED_KL,
+    OneHot,
     check_factorizes,
     closed_kl,
+    count_states,
     draw,
     log_prob,
+    relaxed,
     rsample_and_log_prob,
+    states,
     support_violation,
 )
 
@@ -132,7 +142,21 @@ class Levels:
         return self.levels**2 @ self.masses - self.mean() ** 2
 
 
-Oracle = Entries | Joint | Chain
+class Mixture:
+    """Weighted Gaussians with diagonal covariances."""
+
+    def __init__(self, weights: np.ndarray, means: np.ndarray, scales: np.ndarray) -> None:
+        self.weights, self.means, self.scales = weights, means, scales
+        self.mean = weights @ means
+        spread = np.einsum("c,ci,cj->ij", weights, means - self.mean, means - self.mean)
+        self.cov = spread + np.diag(weights @ scales**2)
+
+    def log(self, x: np.ndarray) -> np.ndarray:
+        parts = stats.norm(self.means, self.scales).logpdf(x[..., None, :]).sum(-1)
+        return special.logsumexp(parts, b=self.weights, axis=-1)
+
+
+Oracle = Entries | Joint | Chain | Mixture
 
 
 def softplus(raw: np.ndarray) -> np.ndarray:
@@ -141,6 +165,28 @@ def softplus(raw: np.ndarray) -> np.ndarray:
 
 def standard(module: nn.Module, out: np.ndarray) -> Oracle:
     return Entries(stats.norm(np.zeros(D), np.ones(D)))
+
+
+def learned(module: nn.Module, out: np.ndarray) -> Oracle:
+    return Entries(stats.norm(module.loc.detach().numpy(), softplus(module.raw_scale.detach().numpy())))
+
+
+def mixture(module: nn.Module, out: np.ndarray) -> Oracle:
+    weights = special.softmax(module.logits.detach().numpy())
+    return Mixture(weights, module.loc.detach().numpy(), softplus(module.raw_scale.detach().numpy()))
+
+
+def vamp(module: nn.Module, out: np.ndarray) -> Oracle:
+    with torch.no_grad():
+        inputs = module.pseudo_inputs if module.bounds is None else module.pseudo_inputs.clip(*module.bounds)
+        parts = module.posterior.net(inputs).numpy()
+    return Mixture(np.full(len(parts), 1 / len(parts)), parts[:, :D], softplus(parts[:, D:]))
+
+
+def ladder(module: nn.Module, out: np.ndarray) -> Oracle:
+    """Two Gaussians multiplied: N(out) and the prior N(0, I)."""
+    precision = softplus(out[D:]) ** -2.0
+    return Entries(stats.norm(out[:D] * precision / (precision + 1), (precision + 1) ** -0.5))
 
 
 def diagonal(module: nn.Module, out: np.ndarray) -> Oracle:
@@ -229,6 +275,11 @@ COUNTS = (-1.0, 2.5)  # no counts
 
 CASES = {
     "StandardNormal": Case(lambda: StandardNormal(D), (), standard),
+    "LearnedNormal": Case(lambda: LearnedNormal(D, 0.3), (), learned),
+    "MixtureOfNormals": Case(lambda: MixtureOfNormals(D, 4), (), mixture),
+    "VampPrior": Case(lambda: VampPrior(DiagonalNormal(net(2 * D)), torch.randn(5, 3)), (), vamp),
+    "VampPrior, bounds": Case(lambda: VampPrior(DiagonalNormal(net(2 * D)), torch.randn(5, 3), (0, 1)), (), vamp),
+    "LadderNormal": Case(lambda: LadderNormal(net(2 * D), StandardNormal(D)), (3,), ladder),
     "DiagonalNormal": Case(lambda: DiagonalNormal(net(2 * D)), (3,), diagonal),
     "DiagonalNormal, two parents": Case(lambda: DiagonalNormal(net(2 * D)), (2, 1), diagonal),
     "FullNormal": Case(lambda: FullNormal(net(2 * D + D * D), D), (3,), full),
@@ -274,9 +325,10 @@ CASES = {
     ),
 }
 CONTINUOUS = [name for name, case in CASES.items() if not case.states]
+DRAWN = [name for name in CONTINUOUS if CASES[name].oracle not in (mixture, vamp)]  # with a reparameterization
 DISCRETE = [name for name, case in CASES.items() if case.states]
-GAUSSIAN = [name for name in CONTINUOUS if CASES[name].oracle is not student]  # drawn from standard normals
-FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, chain)]
+GAUSSIAN = [name for name in DRAWN if CASES[name].oracle is not student]  # drawn from standard normals
+FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, chain, mixture, vamp)]
 
 
 def units() -> tuple[Tensor, Tensor]:
@@ -320,7 +372,7 @@ def test_log_density_is_that_of_scipy(name):
     np.testing.assert_allclose(ours, theirs, rtol=ROUNDING, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_density_of_the_draw(name):
     """The pair (z, log q) that a draw returns is a point and the density there."""
     built = build(name)
@@ -483,7 +535,7 @@ def test_moments_of_the_draws(name):
     assert np.all(np.abs(products.mean(0) - oracle.cov) < 4 * standard_error)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
+@pytest.mark.parametrize("name", DRAWN)
 def test_every_draw_of_every_datum_is_its_own(name):
     """Also where the parameters have fewer axes than (K, N), as a root's have."""
     built = build(name)
@@ -549,12 +601,24 @@ def full_normal() -> td.Distribution:
     return td.MultivariateNormal(torch.randn(ROWS, D), scale_tril=factor)
 
 
-FAMILIES: dict[type, Callable[[], td.Distribution]] = {td.Normal: factorized_normal, td.MultivariateNormal: full_normal}
+def binary() -> td.Distribution:
+    return td.Independent(td.Bernoulli(logits=torch.randn(ROWS, D)), 1)
+
+
+FAMILIES: dict[type, Callable[[], td.Distribution]] = {
+    td.Normal: factorized_normal,
+    td.MultivariateNormal: full_normal,
+    OneHot: lambda: OneHot(torch.randn(ROWS, D)),
+    td.Bernoulli: binary,
+}
 PAIRS = [pytest.param(pair, id=f"{pair[0].__name__}, {pair[1].__name__}") for pair in CLOSED_KL]
 
 
-def as_joint(d: td.Distribution) -> td.MultivariateNormal:
-    if isinstance(d, td.MultivariateNormal):
+def as_torch(d: td.Distribution) -> td.Distribution:
+    """What torch has a KL for, whichever pair it is."""
+    if isinstance(d, OneHot):
+        return td.Categorical(logits=d.logits)
+    if isinstance(d, td.MultivariateNormal) or not isinstance(d.base_dist, td.Normal):
         return d
     return td.MultivariateNormal(d.mean, scale_tril=torch.diag_embed(d.stddev))
 
@@ -570,11 +634,12 @@ def test_closed_kl(pair):
     assert groups.shape[0] == ROWS
     kl = groups.sum(-1)
 
-    z, log_q = rsample_and_log_prob(q, torch.Size([draws, ROWS]))
-    ratio = log_q - p.log_prob(z)
+    z = q.expand(torch.Size([draws, ROWS])).sample()
+    ratio = q.log_prob(z) - p.log_prob(z)
     assert bool(((ratio.mean(0) - kl).abs() < 4 * ratio.std(0) / draws**0.5).all())
 
-    torch.testing.assert_close(kl, td.kl_divergence(as_joint(q), as_joint(p)), rtol=ROUNDING, atol=ROUNDING)
+    theirs = td.kl_divergence(as_torch(q), as_torch(p))
+    torch.testing.assert_close(kl, theirs, rtol=ROUNDING, atol=ROUNDING)
     assert bool((groups >= 0).all())
 
 
@@ -582,19 +647,27 @@ def test_closed_kl(pair):
 def test_closed_kl_of_equals_is_zero(pair):
     torch.manual_seed(2)
     p = FAMILIES[pair[1]]()
-    q = p if pair[0] is pair[1] else as_joint(p)  # every family here contains the factorized Gaussians
+    q = p if pair[0] is pair[1] else as_torch(p)  # every other family here contains the factorized Gaussians
     groups = closed_kl(q, p)
     torch.testing.assert_close(groups, torch.zeros_like(groups), rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_groups_of_the_kl_are_independent_dimensions(pair):
-    """Where the KL comes by dimension, each group is the KL of that dimension alone."""
+    """Where the KL comes by dimension, each group is the KL of that dimension given those before it.
+
+    For a factorized q that is its own KL; for a full Gaussian the first k groups are the KL of the first k dimensions.
+    """
     torch.manual_seed(3)
     q, p = FAMILIES[pair[0]](), FAMILIES[pair[1]]()
     groups = closed_kl(q, p)
-    assert groups.shape[-1] in (1, D)
-    if groups.shape[-1] == D:
+    assert groups.shape[-1] == (1 if pair[0] is OneHot else D)
+    if pair[0] is td.MultivariateNormal:
+        for k in range(1, D + 1):
+            head_q = td.MultivariateNormal(q.loc[:, :k], q.covariance_matrix[:, :k, :k])
+            head_p = td.MultivariateNormal(p.mean[:, :k], torch.diag_embed(p.variance[:, :k]))
+            torch.testing.assert_close(groups[:, :k].sum(-1), td.kl_divergence(head_q, head_p), rtol=1e-9, atol=1e-9)
+    elif pair[0] is not OneHot:
         torch.testing.assert_close(groups, td.kl_divergence(q.base_dist, p.base_dist), rtol=ROUNDING, atol=ROUNDING)
 
 
@@ -605,7 +678,7 @@ def test_no_closed_kl_is_claimed_for_other_families():
         assert closed_kl(unit, td.Independent(other, 1)) is None
     correlated = td.MultivariateNormal(torch.zeros(D), torch.tensor([[2.0, 1.0], [1.0, 2.0]]))
     assert closed_kl(unit, correlated) is None or torch.allclose(
-        closed_kl(unit, correlated).sum(), td.kl_divergence(as_joint(unit), correlated)
+        closed_kl(unit, correlated).sum(), td.kl_divergence(as_torch(unit), correlated)
     )
 
 
@@ -896,3 +969,53 @@ def test_what_does_not_fit_is_told(make, told):
 def test_an_autoregressive_likelihood_has_no_mean():
     with pytest.raises(NotImplementedError, match="average draws"):
         _ = build("AutoregressiveBernoulli").d.mean
+
+
+@pytest.mark.parametrize("learned_root", [True, False])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_categorical(classes, learned_root):
+    """Masses are the softmax of the logits and sum to one; draws have their frequencies, by 4 standard errors."""
+    torch.manual_seed(6)
+    if learned_root:
+        module: nn.Module = Categorical(classes, learned=True)
+        with torch.no_grad():
+            module.logits.normal_()
+        d, logits = module(), module.logits.detach()
+    else:
+        module = Categorical(classes, net(classes))
+        parent = torch.randn(1, 3)
+        d, logits = module(parent), module.net(parent).detach()[0]
+    expected = special.log_softmax(logits.numpy())
+    every = states(d)
+    assert count_states(d) == len(every) == classes
+    found = d.log_prob(every.reshape(classes, *(1,) * len(d.batch_shape), classes)).detach().reshape(classes)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=ROUNDING, atol=ROUNDING)
+    assert float(found.exp().sum()) == pytest.approx(1.0, abs=ROUNDING)
+    draws = d.expand(torch.Size([100_000, *d.batch_shape])).sample().reshape(-1, classes)
+    probs = found.exp()
+    assert bool(((draws.mean(0) - probs).abs() <= 4 * (probs * (1 - probs) / 100_000).sqrt() + 1e-12).all())
+    torch.testing.assert_close(d.mean.reshape(-1, classes)[0].detach(), probs, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_a_class_that_cannot_be_keeps_value_and_gradient():
+    """A logit of -inf: no NaN where the class is not asked for, -inf where it is."""
+    logits = torch.tensor([0.5, -0.2, -math.inf], requires_grad=True)
+    d = OneHot(logits)
+    found = d.log_prob(torch.eye(3))
+    assert float(found[2].detach()) == -math.inf
+    (gradient,) = torch.autograd.grad(found[:2].sum(), logits)
+    assert bool(gradient.isfinite().all())
+    kl = closed_kl(OneHot(logits.unsqueeze(0)), OneHot(torch.zeros(1, 3)))
+    assert bool(kl.isfinite().all())
+
+
+@pytest.mark.parametrize("make", [lambda: OneHot(torch.tensor([0.3, -0.5, 1.0])), binary])
+def test_relaxed_draws_approach_the_classes(make):
+    """At temperature 0.01 draws are all but 0 or 1, and their means are the probabilities, by 4 standard errors."""
+    torch.manual_seed(7)
+    d = make()
+    soft = relaxed(d, 0.01).rsample(torch.Size([20_000]))
+    assert float(((soft > 0.99) | (soft < 0.01)).double().mean()) > 0.95
+    mean = d.mean
+    error = 4 * (mean * (1 - mean) / 20_000).sqrt()
+    assert bool(((soft.mean(0) - mean).abs() < error + 0.002).all())  # 0.002: what the temperature leaves

@@ -158,7 +158,8 @@ class BayesNet(nn.Module):
                 d = self.distribution(node, known)
                 shape = torch.Size([rows])
                 known[node] = draw(d, shape, noise) if d.has_rsample else d.expand(shape).sample()
-        return known | {node: known[node].argmax(-1) for node in self.classes if node not in (values or {})}
+        drawn = {node: known[node].argmax(-1) for node in self.classes if node not in (values or {})}
+        return known | drawn | dict(values or {})
 
     def log_prob(self, values: Values) -> dict[str, Tensor]:
         """Log-density of each node at `values`, which give all of them, in nats over the leading axes of its parents.

@@ -73,7 +73,7 @@ def save(run: Run, path: str | Path | None = None) -> Path:
     record = {
         "format": _FORMAT,
         "model": model.to_json() if model else None,
-        "factors": {"p": run.vae.p.keys, "q": run.vae.q.keys, "given": run.vae.given},
+        "factors": {name: list(keys) for name, keys in _factors(run.vae).items()},
         "aliases": aliases,
         "train": run.config.to_json(),
         "data": run.data,
@@ -222,8 +222,8 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
                 "aevb.load(path, vae)."
             )
         vae = build_vae(ModelConfig.from_json(record["model"])).to(_dtype(files))
-    factors = {"p": list(vae.p.keys), "q": list(vae.q.keys), "given": list(vae.given)}
-    if factors != record["factors"]:
+    factors = _factors(vae)
+    if factors != {"shared": []} | record["factors"]:
         raise InputError(
             f"`vae` has the factors {factors}, the run `{target}` {record['factors']}. Build it as it was saved."
         )
@@ -242,6 +242,10 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
         data=record["data"],
         resume=resume,
     )
+
+
+def _factors(vae: VAE) -> dict[str, list[str]]:
+    return {"p": list(vae.p.keys), "q": list(vae.q.keys), "given": list(vae.given), "shared": list(vae.shared)}
 
 
 def _dtype(files: Mapping[str, bytes]) -> torch.dtype:

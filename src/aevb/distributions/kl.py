@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.distributions as td
+import torch.nn.functional as F
 from torch import Tensor
 
 from aevb.distributions.density import base_of
+from aevb.distributions.finite import OneHot
 
 __all__ = ["CLOSED_KL", "closed_kl"]
 
@@ -23,28 +26,48 @@ def _kl_normal_normal(q: td.Distribution, p: td.Distribution) -> Tensor:
 
 
 def _kl_full_normal(q: td.Distribution, p: td.Distribution) -> Tensor:
-    r"""½[Σ_i (ΣL_ij² + (μ_i − m_i)²)/s_i² − D] − Σ log L_ii + Σ log s_i, one group for all dimensions."""
+    r"""½[(Σ_j L_ij² + (μ_i − m_i)²)/s_i² − 1] − log L_ii + log s_i by dimension.
+
+    Each entry is E KL(q(z_i | z_1, ..., z_{i-1}) || p(z_i)), since L is triangular and p factorizes: at least zero.
+    """
     b = base_of(p)
     assert isinstance(q, td.MultivariateNormal)
     assert isinstance(b, td.Normal)
     tril = q.scale_tril
     moments = (tril.square().sum(-1) + (q.loc - b.loc).square()) / b.scale.square()
-    entries = 0.5 * (moments - 1.0) - tril.diagonal(dim1=-2, dim2=-1).log() + b.scale.log()
-    return entries.sum(-1, keepdim=True)
+    return 0.5 * (moments - 1.0) - tril.diagonal(dim1=-2, dim2=-1).log() + b.scale.log()
+
+
+def _kl_one_hot(q: td.Distribution, p: td.Distribution) -> Tensor:
+    """One group: the classes are one variable."""
+    assert isinstance(q, OneHot)
+    assert isinstance(p, OneHot)
+    # A class of no probability counts for nothing.
+    return torch.where(q.mean == 0, 0.0, q.mean * (q.logits - p.logits)).sum(-1, keepdim=True)
+
+
+def _kl_bernoulli(q: td.Distribution, p: td.Distribution) -> Tensor:
+    """Elementwise, from the logits."""
+    a, b = base_of(q), base_of(p)
+    assert isinstance(a, td.Bernoulli)
+    assert isinstance(b, td.Bernoulli)
+    on = a.probs * (F.logsigmoid(a.logits) - F.logsigmoid(b.logits))
+    return on + (1 - a.probs) * (F.logsigmoid(-a.logits) - F.logsigmoid(-b.logits))
 
 
 CLOSED_KL: dict[tuple[type, type], Callable[[td.Distribution, td.Distribution], Tensor]] = {
     (td.Normal, td.Normal): _kl_normal_normal,
     (td.MultivariateNormal, td.Normal): _kl_full_normal,
+    (OneHot, OneHot): _kl_one_hot,
+    (td.Bernoulli, td.Bernoulli): _kl_bernoulli,
 }
-"""(family of q, family of p) to KL(q || p) by independent groups of dimensions, `(*, G)`, G = D or 1."""
+"""(family of q, family of p) to KL(q || p) by groups of dimensions, `(*, G)`, G = D, or 1 for classes."""
 
 
 def closed_kl(q: td.Distribution, p: td.Distribution) -> Tensor | None:
-    """KL(q || p) in nats by independent groups of dimensions, `(*, G)`, to be summed over G; None if no form is known.
+    """KL(q || p) in nats by groups of dimensions, `(*, G)`, to be summed over G; None if no form is known.
 
     Example:
-        >>> import torch
         >>> unit = td.Independent(td.Normal(torch.zeros(3), torch.ones(3)), 1)
         >>> closed_kl(unit, unit)
         tensor([0., 0., 0.])

@@ -242,8 +242,8 @@ class _Trainer:
             record: dict[str, Any] = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
             record |= self.inner.meter.read()
             record["dead"] = dead_dimensions(record["kl_dims"])
-            self._watch(record, last or self.finished)
             record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
+            self._watch(record, last or self.finished)
             if validation is not None:
                 record["validation"] = validation
             self.history.add(record)
