@@ -1,12 +1,13 @@
 # make demo    train on the handwritten digits, evaluate, write a report
 # make test    the whole test suite
+# make docs    the documentation, docs/_build/html/index.html
 # make lint types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint types format clean
+.PHONY: demo test docs lint types format clean
 .DEFAULT_GOAL := test
 
 # One thread: these nets are small, and threads that wait for one another on a busy machine cost more than they give.
@@ -19,6 +20,12 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
+
+# Warnings are errors; nothing is fetched while it builds.
+docs: export OMP_NUM_THREADS = 1
+docs: $(READY)
+	@$(BIN)/python -m sphinx -q -E -n -W --keep-going -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

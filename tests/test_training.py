@@ -355,6 +355,37 @@ def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -
         assert ours["bound"] == pytest.approx(theirs["bound"], rel=1e-3)
 
 
+def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) -> None:
+    """One model with all of it: labels in some rows, a ladder with batch-norm, sticking the landing."""
+
+    def model() -> VAE:
+        torch.manual_seed(0)
+        prior = DiagonalNormal(MLP(2 + 3, [6], 2 * 4, batch_norm=True))
+        p = BayesNet({
+            "y": aevb.Categorical(3, learned=True), "z2": StandardNormal(2), "z1 | z2, y": prior,
+            "x | z1": Normal(MLP(4, [6], 5), 5),
+        })  # fmt: skip
+        q = BayesNet({
+            "h | x": aevb.Deterministic(MLP(5, [6], 6, batch_norm=True)), "y | h": aevb.Categorical(3, MLP(6, [], 3)),
+            "z2 | h": DiagonalNormal(MLP(6, [], 4)), "z1 | h, z2, y": aevb.LadderNormal(MLP(6, [], 8), prior),
+        })  # fmt: skip
+        return VAE(p, q)
+
+    torch.manual_seed(1)
+    x, y = torch.randn(60, 5), torch.randint(-1, 3, (60,))
+    config = {"steps": 15, "batch_size": 20, "validation": 0.0, "gradient": "stl", "log_every": 5}
+    runs = [
+        aevb.fit(
+            model(), {"x": x, "y": y}, TrainConfig(**config, compile=compile),
+            objective=aevb.with_classifier("y", 2.0),
+        )
+        for compile in (False, True)
+    ]  # fmt: skip
+    reason = can_compile()
+    assert ("eagerly" in caplog.text) == (reason is not None), caplog.text
+    torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)
+
+
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -> None:
     monkeypatch.setattr("aevb.training.loop.can_compile", lambda: "no C++ compiler was found")
     run = aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=5, compile=True))

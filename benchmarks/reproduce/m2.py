@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from common import binarized, mnist, record
-from torch import Tensor
+from torch import Tensor, nn
 
 import aevb
 from aevb import MLP, VAE, BayesNet, TrainConfig
+from aevb.bounds import evaluating
 
 
 class Mixed:
@@ -37,7 +38,7 @@ class Mixed:
         return {"x": binarized(self.grey[torch.cat([chosen, indices[known:]])]), "y": y}
 
 
-def build(hidden: list[int], latents: int, activation: str, normed: bool) -> VAE:
+def build(hidden: list[int], latents: int, activation: str, normed: bool, dropout: float) -> VAE:
     """The paper has one layer of 500 softplus units each."""
 
     def net(inputs: int, outputs: int) -> MLP:
@@ -48,8 +49,9 @@ def build(hidden: list[int], latents: int, activation: str, normed: bool) -> VAE
         "z": aevb.StandardNormal(latents),
         "x | y, z": aevb.Bernoulli(net(10 + latents, 784)),
     })  # fmt: skip
+    classifier = nn.Sequential(nn.Dropout(dropout), net(784, 10)) if dropout else net(784, 10)
     q = BayesNet({
-        "y | x": aevb.Categorical(10, net(784, 10)),
+        "y | x": aevb.Categorical(10, classifier),
         "z | x, y": aevb.DiagonalNormal(net(794, 2 * latents)),
     })  # fmt: skip
     return VAE(p, q)
@@ -57,7 +59,7 @@ def build(hidden: list[int], latents: int, activation: str, normed: bool) -> VAE
 
 def error_of(vae: VAE, grey: Tensor, y: Tensor) -> float:
     """Share of wrong labels, %, by q(y | x) at the grey values."""
-    with torch.no_grad():
+    with evaluating(vae):
         probs = vae.posterior({"x": grey.float() / 255})["y"].mean
     return 100 * float((probs.argmax(-1) != y).double().mean())
 
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.0)
     parser.add_argument("--hidden", type=int, nargs="+", default=[500])
     parser.add_argument("--activation", default="softplus")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of the classifier's inputs")
     parser.add_argument("--batch-norm", action="store_true")
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--validate", action="store_true", help="judge on 1000 validation labels, record nothing")
@@ -85,7 +88,7 @@ def main() -> None:
         order = torch.randperm(50_000, generator=generator)
         labelled = torch.cat([order[y[order] == digit][:10] for digit in range(10)])
         torch.manual_seed(seed)
-        vae, began = build(args.hidden, args.latents, args.activation, args.batch_norm), time.monotonic()
+        vae, began = build(args.hidden, args.latents, args.activation, args.batch_norm, args.dropout), time.monotonic()
         config = TrainConfig(
             steps=args.steps, batch_size=args.batch, learning_rate=args.rate, average=0.999, validation=0.0, seed=seed,
             log_every=500, compile=True, weight_decay=args.decay,
@@ -102,7 +105,10 @@ def main() -> None:
         )  # fmt: skip
         minutes = (time.monotonic() - began) / 60
         if args.validate:
-            print(f"seed {seed}: validation error {error_of(vae, x[-1000:], y[-1000:]):.2f} % ({minutes:.1f} min)")
+            print(
+                f"seed {seed}: validation error {error_of(vae, x[-1000:], y[-1000:]):.2f} % ({minutes:.1f} min)",
+                flush=True,
+            )
             continue
         setting = f"{args.steps} steps of {args.batch}, {args.share:g} labelled, weight {args.weight:g}"
         record("M2, MNIST, 100 labels", setting, seed, minutes, {"test error %": error_of(vae, x_test, y_test)})

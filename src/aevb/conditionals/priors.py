@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from aevb.conditionals.form import check_out, check_width, independent
 from aevb.config import InputError
-from aevb.distributions import OneHot
+from aevb.distributions import NormalMixture, OneHot, base_of
 
 __all__ = ["Categorical", "LearnedNormal", "MixtureOfNormals", "StandardNormal", "VampPrior"]
 
@@ -94,9 +94,7 @@ class MixtureOfNormals(nn.Module):
 
     def forward(self) -> td.Distribution:
         """A root has no parents."""
-        parts = independent(td.Normal(self.loc, F.softplus(self.raw_scale), validate_args=False))
-        weights = td.Categorical(logits=self.logits, validate_args=False)
-        return td.MixtureSameFamily(weights, parts, validate_args=False)
+        return NormalMixture(self.logits, self.loc, F.softplus(self.raw_scale))
 
 
 @final
@@ -135,8 +133,11 @@ class VampPrior(nn.Module):
     def forward(self) -> td.Distribution:
         """A root has no parents."""
         inputs = self.pseudo_inputs if self.bounds is None else self.pseudo_inputs.clamp(*self.bounds)
-        parts = self.posterior(inputs)
-        weights = td.Categorical(logits=inputs.new_zeros(len(inputs)), validate_args=False)
+        parts, logits = self.posterior(inputs), inputs.new_zeros(len(inputs))
+        base = base_of(parts)
+        if type(base) is td.Normal:
+            return NormalMixture(logits, base.loc, base.scale)
+        weights = td.Categorical(logits=logits, validate_args=False)
         return td.MixtureSameFamily(weights, parts, validate_args=False)
 
 

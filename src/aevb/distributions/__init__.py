@@ -13,6 +13,7 @@ from aevb.distributions.families import (
 )
 from aevb.distributions.finite import Delta, OneHot, count_states, relaxed, states
 from aevb.distributions.kl import CLOSED_KL, closed_kl
+from aevb.distributions.mixtures import NormalMixture
 
 __all__ = [
     "CLOSED_KL",
@@ -22,6 +23,7 @@ __all__ = [
     "DiscretizedLogistic",
     "NegativeBinomial",
     "Noise",
+    "NormalMixture",
     "OneHot",
     "Poisson",
     "StudentT",
