@@ -4,9 +4,9 @@
     python benchmarks/reproduce/silhouettes.py ../shared/data posteriors
 
 `priors`: Tomczak and Welling (2018), gated dense 784-300-300-z40 and mirror, batch 100, Adam at 5e-4, KL warm-up over
-100 epochs, 500 pseudo-inputs; the weights of the best validation ELBO, given up after 50 epochs without improvement; test
-log p(x) by importance sampling with 5000 draws. `posteriors`: one and the same MLP, and -ELBO on the test set with no
-flow, planar, inverse autoregressive, spline or Sylvester.
+100 epochs, 500 pseudo-inputs; the weights of the best validation ELBO, given up after 50 epochs without improvement;
+test log p(x) by importance sampling with 5000 draws. `posteriors`: one and the same MLP, and -ELBO on the test set with
+no flow, planar, inverse autoregressive, spline or Sylvester.
 """
 
 from __future__ import annotations

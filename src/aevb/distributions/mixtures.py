@@ -19,8 +19,8 @@ _NO_SHAPE = torch.Size()
 class NormalMixture(td.Distribution):
     r"""Mixture of C factorized Gaussians, :math:`\sum_c \pi_c N(z; \mu_c, \operatorname{diag} \sigma_c^2)`.
 
-    The quadratic form :math:`\sum_d (z_d - \mu_{cd})^2 / \sigma_{cd}^2` is expanded into products with matrices `(D, C)`,
-    far faster than entry by entry for hundreds of components. Its terms cancel, and are taken in float64.
+    Its quadratic form :math:`\sum_d (z_d - \mu_{cd})^2 / \sigma_{cd}^2` is expanded into matrix products, far faster
+    than entry by entry for hundreds of components. The terms cancel, and are taken in float64.
 
     Args:
         logits: Of :math:`\pi`, `(C,)`.
