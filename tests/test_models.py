@@ -33,7 +33,7 @@ from aevb import (
     TrainConfig,
 )
 from aevb.bounds import terms
-from test_known_answers import affine, correlated, factorized, likelihood, sigma_points
+from gaussians import affine, correlated, factorized, likelihood, sigma_points
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -46,6 +46,8 @@ class BayesNet(nn.Module):
     nodes: tuple[str, ...]
     parents: dict[str, tuple[str, ...]]
     inputs: tuple[str, ...]
+    classes: dict[str, int]
+    """Nodes that hold one of C classes, and C: codes 0..C-1 outside the networks, one-hot vectors inside."""
 
     def __init__(self, factors: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -65,6 +67,8 @@ class BayesNet(nn.Module):
             # Prefixed, so that a column may be called `type` or `values`.
             self.add_module(f"node_{node}", conditional)
         self.nodes = _sorted(self.parents)
+        counts = {node: getattr(self.conditional(node), "classes", None) for node in self.nodes}
+        self.classes = {node: count for node, count in counts.items() if count is not None}
         named = [parent for parents in self.parents.values() for parent in parents]
         self.inputs = tuple(dict.fromkeys(parent for parent in named if parent not in self.parents))
 
@@ -72,12 +76,6 @@ class BayesNet(nn.Module):
     def keys(self) -> tuple[str, ...]:
         """The factors in the notation of the notes, in topological order."""
         return tuple(f"{n} | {', '.join(self.parents[n])}" if self.parents[n] else n for n in self.nodes)
-
-    @property
-    def classes(self) -> dict[str, int]:
-        """Nodes that hold one of C classes, and C: codes 0..C-1 outside the networks, one-hot vectors inside."""
-        found = {node: getattr(self.conditional(node), "classes", None) for node in self.nodes}
-        return {node: count for node, count in found.items() if count is not None}
 
     def computes(self, node: str) -> bool:
         """Whether `node` has a value and no density."""
