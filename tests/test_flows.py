@@ -116,9 +116,7 @@ class Given:
         self.eps = eps
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        # Axes in front of (K, N) are asked for behind them.
-        extra = max(0, self.eps.ndim - 3)
-        eps = self.eps.permute(*range(extra, extra + 2), *range(extra), -1) if extra else self.eps
+        eps = self.eps[(0,) * max(0, self.eps.ndim - 3)]  # states in front of (K, N) share it
         assert shape == eps.shape
         assert like.dtype == eps.dtype
         return eps
@@ -295,7 +293,7 @@ def test_leading_axes(name):
     states, count = 2, 4
     wide = torch.randn(states, 1, ROWS, INPUTS)
     many = torch.randn(count, ROWS, INPUTS)
-    eps = torch.randn(states, count, ROWS, 3)
+    eps = torch.randn(count, ROWS, 3).expand(states, -1, -1, -1)
     inputs = {
         "enumerated": [wide],
         "drawn": [many],

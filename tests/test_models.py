@@ -630,3 +630,93 @@ def test_sticking_the_landing_is_biased_on_iwae():
         aevb.fit(vae, values, TrainConfig(steps=1, samples=8, gradient="stl"), objective="iwae")
     with pytest.raises(InputError, match="dreg"):
         aevb.fit(vae, values, TrainConfig(steps=1, gradient="dreg"))
+
+
+def auxiliary() -> VAE:
+    """A draw that all states share, with one drawn for each state below it: a | x, then z | x, a, y."""
+    torch.manual_seed(8)
+    p = BayesNet({
+        "y": Categorical(3), "z": StandardNormal(2), "a | z": DiagonalNormal(MLP(2, [4], 4)),
+        "x | y, z": Normal(MLP(5, [4], 3), 3),
+    })  # fmt: skip
+    q = BayesNet({
+        "a | x": DiagonalNormal(MLP(3, [4], 4)), "y | x": Categorical(3, MLP(3, [4], 3)),
+        "z | x, a, y": DiagonalNormal(MLP(8, [4], 4)),
+    })  # fmt: skip
+    return VAE(p, q)
+
+
+def test_draws_that_states_share():
+    """Sticking the landing keeps its mean there, by 4 standard errors; the doubly reparameterized one is refused."""
+    vae, values = auxiliary(), {"x": torch.randn(2, 3).repeat(500, 1)}
+    difference = estimators(vae, values, 1, "elbo", "stl", chunks=60)
+    standard_error = difference.std(0) / len(difference) ** 0.5
+    assert bool((difference.mean(0).abs() <= 4 * standard_error + 1e-12).all())
+    with pytest.raises(InputError, match=r"dreg.*`z`.*`a`"):
+        aevb.iwae(vae, values, 2, gradient="dreg")
+
+
+def test_posterior_of_rows_that_are_labelled_in_part():
+    """Each row's q(z | x, y) is that of the pure calls: at its label, or at the mean of q(y | x)."""
+    model = m2()
+    vae, (x, y) = model.other(), model.sample(8)
+    labels = some_missing(y)
+    mixed = vae.posterior({"x": x, "y": labels})["z"].mean
+    seen = vae.posterior({"x": x, "y": y})["z"].mean
+    unseen = vae.posterior({"x": x})["z"].mean
+    torch.testing.assert_close(mixed[::2], seen[::2])
+    torch.testing.assert_close(mixed[1::2], unseen[1::2])
+
+
+def test_log_q_beside_computed_nodes():
+    """What p computes from latents does not concern q's classifier; codes out of range are told."""
+    torch.manual_seed(0)
+    p = BayesNet({
+        "y": Categorical(3), "z": StandardNormal(2), "h | z": Deterministic(MLP(2, [], 2)),
+        "x | y, h": Normal(MLP(5, [], 3), 3),
+    })  # fmt: skip
+    q = BayesNet({
+        "f | x": Deterministic(MLP(3, [], 4)), "y | f": Categorical(3, MLP(4, [], 3)),
+        "z | x, y": DiagonalNormal(MLP(6, [], 4)),
+    })  # fmt: skip
+    vae, x, y = VAE(p, q), torch.randn(4, 3), torch.tensor([0, 2, -1, 1])
+    found = aevb.log_q(vae, {"x": x, "y": y}, "y")
+    logits = vae.q.conditional("y").net(vae.q.conditional("f").net(x)).log_softmax(-1)
+    expected = torch.where(y < 0, 0.0, logits.gather(1, y.clamp(min=0)[:, None])[:, 0])
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(InputError, match=r"row 0 is 7"):
+        aevb.log_q(vae, {"x": x, "y": torch.tensor([7, 0, 1, 2])}, "y")
+    config = TrainConfig(steps=2, validation=0.0)
+    aevb.fit(vae, {"x": x, "y": y}, config, objective=aevb.with_classifier("y", 1.0))
+
+
+def test_a_row_evaluates_the_same_whether_its_neighbours_are_labelled():
+    """Log p of labelled rows, alone and beside rows whose class is summed over."""
+    model = m2()
+    vae, (x, y) = model.other(), model.sample(6)
+    labels = torch.cat([torch.full((2,), -1), y[2:]])
+    together = aevb.log_marginal(vae, {"x": x, "y": labels}, 300)
+    alone = aevb.log_marginal(vae, {"x": x[2:], "y": y[2:]}, 300)
+    torch.testing.assert_close(together.log_prob[2:], alone.log_prob, rtol=0, atol=1e-12)
+    exact = model.elbo(vae, x, labels).detach()
+    # The ELBO of the same draws: 4 standard errors of 300 draws, whose spread is at most that of repeated calls.
+    spread = torch.stack([aevb.elbo(vae, {"x": x, "y": labels}, kl="sampled").detach() for _ in range(200)]).std(0)
+    assert bool(((together.elbo - exact).abs() < 4 * spread / 300**0.5).all())
+
+
+def test_the_score_of_a_shared_draw_has_no_baseline_from_the_rows():
+    """One draw for all rows: its gradient by single draws has the exact mean, by 4 standard errors."""
+    torch.manual_seed(9)
+    p = BayesNet({"c": Categorical(2), "x | c": Normal(MLP(2, [], 1), 1)})
+    vae, x = VAE(p, BayesNet({"c": Categorical(2, learned=True)}), shared="c"), torch.randn(5, 1)
+    logits = vae.q.conditional("c").logits
+    inside = [vae.p.log_prob({"x": x, "c": torch.full((5,), c)})["x"].sum() for c in range(2)]
+    log_q = logits.log_softmax(0)
+    whole = (log_q.exp() * (torch.stack(inside) + math.log(0.5) - log_q)).sum() / 5
+    (exact,) = torch.autograd.grad(whole, logits)
+    found = []
+    for _ in range(4000):
+        bound = aevb.elbo(vae, {"x": x}, kl="sampled", discrete="sample", data_size=5).mean()
+        found.append(torch.autograd.grad(bound, logits)[0])
+    stacked = torch.stack(found)
+    assert bool(((stacked.mean(0) - exact).abs() < 4 * stacked.std(0) / 4000**0.5).all())

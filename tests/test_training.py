@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -490,3 +491,54 @@ def test_validation_rows_of_ones_own_choose_the_weights():
         again = torch.stack([aevb.elbo(vae, {"x": other}).mean() for _ in range(200)])
     # One draw a row made the figure: 4 of its standard errors.
     assert abs(best - float(again.mean())) < 4 * float(again.std())
+
+
+def test_averaged_weights_come_with_averaged_statistics() -> None:
+    """Batch-norm's running statistics in the kept model are their moving average, as the weights are theirs."""
+    torch.manual_seed(0)
+    x = torch.randn(80, 4)
+    vae = VAE(
+        BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 4, batch_norm=True), 4)}),
+        BayesNet({"z | x": DiagonalNormal(MLP(4, [6], 4, batch_norm=True))}),
+    )
+    config = TrainConfig(steps=40, batch_size=20, average=0.9, validation=0.0, log_every=1)
+    norm = next(module for module in vae.modules() if isinstance(module, nn.BatchNorm1d))
+    seen = [norm.running_mean.clone()]
+    run = aevb.fit(vae, {"x": x}, config, progress=lambda _: seen.append(norm.running_mean.clone()))
+    expected = seen[0]
+    for count, now in enumerate(seen[1:], 1):
+        expected = torch.lerp(expected, now, 1 - min((1 + count) / (10 + count), 0.9))
+    torch.testing.assert_close(norm.running_mean, expected)
+    assert run.vae is vae
+    assert int(norm.num_batches_tracked) == 40  # looking at the data before training does not count
+
+
+def test_a_resumed_run_keeps_its_objective(tmp_path) -> None:
+    vae = _model()
+    config = TrainConfig(steps=4, samples=3, validation=0.0, schedule="constant")
+    aevb.fit(vae, {"x": _rows()}, config, out=tmp_path / "run")
+    with pytest.raises(aevb.InputError, match=r"objective elbo, now iwae"):
+        aevb.fit(
+            vae, {"x": _rows()}, dataclasses.replace(config, steps=8), out=tmp_path / "run", resume=True,
+            objective="iwae",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "objective"), [
+    ({}, "elbo"), ({"gradient": "stl"}, "elbo"), ({"gradient": "dreg", "samples": 2}, "iwae"),
+    ({"discrete": "relax"}, "elbo"),
+])  # fmt: skip
+def test_batch_norm_sees_each_batch_once(settings, objective) -> None:
+    """Passes that only look (before training, weights of dreg, the bound beside a relaxed objective) do not count."""
+    torch.manual_seed(0)
+    p = {"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 4, batch_norm=True), 4)}
+    q = {"h | x": aevb.Deterministic(MLP(4, [5], 3, batch_norm=True)), "z | h": DiagonalNormal(MLP(3, [], 4))}
+    if "discrete" in settings:
+        p = {"y": aevb.Categorical(2), "z": StandardNormal(2), "x | y, z": Normal(MLP(4, [6], 4, batch_norm=True), 4)}
+        q = q | {"y | h": aevb.Categorical(2, MLP(3, [], 2))}
+    vae = VAE(BayesNet(p), BayesNet(q))
+    config = TrainConfig(steps=10, batch_size=20, validation=0.0, **settings)
+    aevb.fit(vae, {"x": torch.randn(60, 4)}, config, objective=objective)
+    for module in vae.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert int(module.num_batches_tracked) == 10

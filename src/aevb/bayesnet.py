@@ -67,8 +67,9 @@ class BayesNet(nn.Module):
             # Prefixed, so that a column may be called `type` or `values`.
             self.add_module(f"node_{node}", conditional)
         self.nodes = _sorted(self.parents)
+        self._computed = frozenset(node for node in self.nodes if isinstance(self.conditional(node), Deterministic))
         counts = {node: getattr(self.conditional(node), "classes", None) for node in self.nodes}
-        self.classes = {node: count for node, count in counts.items() if count is not None}
+        self.classes = {node: count for node, count in counts.items() if isinstance(count, int)}
         named = [parent for parents in self.parents.values() for parent in parents]
         self.inputs = tuple(dict.fromkeys(parent for parent in named if parent not in self.parents))
 
@@ -79,7 +80,7 @@ class BayesNet(nn.Module):
 
     def computes(self, node: str) -> bool:
         """Whether `node` has a value and no density."""
-        return isinstance(self.conditional(node), Deterministic)
+        return node in self._computed
 
     def to_states(self, values: Values) -> dict[str, Tensor]:
         """Codes `(N,)` of class nodes as one-hot vectors `(N, C)`, a missing one (NaN, or -1 in integers) as NaN."""
@@ -117,7 +118,9 @@ class BayesNet(nn.Module):
 
     def conditional(self, node: str) -> nn.Module:
         """The module that is the factor of `node`."""
-        return self.get_submodule(f"node_{node}")
+        module = self._modules[f"node_{node}"]
+        assert module is not None
+        return module
 
     def distribution(self, node: str, values: Values) -> td.Distribution:
         """p(node | parents) at the parents' `values`, each `(*batch, *event)`."""
@@ -149,6 +152,8 @@ class BayesNet(nn.Module):
         self._check_names(known)
         self.check_codes(known)
         known = self.to_states(known)
+        if gaps := [name for name, value in known.items() if bool(value.isnan().any())]:
+            raise InputError(f"{_names(gaps)} has missing entries (NaN), and held values must be known. Fill them.")
         if odd := [name for name, value in known.items() if value.shape[:1] != (rows,)]:
             raise InputError(f"{_names(odd)} must have {rows} rows, as many as are drawn. Repeat or cut the values.")
         for node in self.nodes:
@@ -233,13 +238,15 @@ class VAE(nn.Module):
         needs |= {node: p.parents[node] for node in p.nodes if p.computes(node)}
         self._order = _sorted(needs)
         # A node's KL may replace its log-ratio only if no parent of it in p is drawn from it in q.
-        self._exact = {}
+        self._exact, self._below = {}, {}
+        self._orders: dict[tuple[str, ...], tuple[str, ...]] = {}
         for node in p.nodes:
             descendants = {node}
             for other in self._order:
                 if descendants & set(needs[other]):
                     descendants.add(other)
             self._exact[node] = not descendants & set(p.parents[node])
+            self._below[node] = frozenset(descendants - {node})
 
     def _check_wiring(self) -> None:
         p, q = self.p, self.q
@@ -306,17 +313,25 @@ class VAE(nn.Module):
 
     def drawing_order(self, latent: Collection[str]) -> tuple[str, ...]:
         """Latent nodes, and the computed ones that they or p need, parents first."""
-        needed = {*latent, *(node for node in self.p.nodes if self.p.computes(node))}
-        for node in reversed(self._order):
-            if node in needed:
-                needed |= {parent for parent in self.home(node).parents[node] if self._computes(parent)}
-        return tuple(node for node in self._order if node in needed)
+        key = tuple(latent)
+        if key not in self._orders:
+            needed = {*latent, *(node for node in self.p.nodes if self.p.computes(node))}
+            for node in reversed(self._order):
+                if node in needed:
+                    needed |= {parent for parent in self.home(node).parents[node] if self.computes(parent)}
+            self._orders[key] = tuple(node for node in self._order if node in needed)
+        return self._orders[key]
 
     def home(self, node: str) -> BayesNet:
         """The network that tells how a node is drawn or computed: q, but for what p computes."""
         return self.q if node in self.q.nodes else self.p
 
-    def _computes(self, node: str) -> bool:
+    def below(self, node: str) -> frozenset[str]:
+        """Nodes that are drawn or computed from `node` on the way of q."""
+        return self._below[node]
+
+    def computes(self, node: str) -> bool:
+        """Whether `node` of either network has a value and no density."""
         return node in (*self.q.nodes, *self.p.nodes) and self.home(node).computes(node)
 
     def computed(self, values: Values, latent: Collection[str], *, stop: bool = False) -> dict[str, Tensor]:
@@ -335,15 +350,19 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def posterior(self, values: Values) -> dict[str, td.Distribution]:
-        """Q of each latent node at its parents' means: a deterministic embedding, `(N, *event)` each."""
-        self.require_sight([name for name, value in values.items() if bool(value.isnan().any())])
+        """Q of each node that is latent in every row, at its parents' means or values: `(N, *event)` each."""
         known, found = self.p.to_states(values), {}
-        latent = self.latents(values)
+        holes = [name for name, value in known.items() if bool(value.isnan().any())]
+        self.require_sight(holes)
+        latent = self.latent_rows(known, holes)
         for node in self.drawing_order(latent):
-            d = self.home(node).distribution(node, known)
-            known[node] = d.mean
-            if node in latent:
+            d, rows = self.home(node).distribution(node, known), latent.get(node)
+            mean = d.mean
+            if rows is not None:  # observed in some rows
+                mean = torch.where(rows.reshape(-1, *(1,) * len(d.event_shape)), mean, known[node])
+            elif node in latent:
                 found[node] = d if d.batch_shape else d.expand(torch.Size([rows_of(values)]))
+            known[node] = mean
         return found
 
     def require_sight(self, holes: Iterable[str]) -> None:

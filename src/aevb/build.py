@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -188,9 +189,14 @@ def _vamp(config: ModelConfig, start: _Start, posterior: nn.Module) -> nn.Module
     rows = start.rows
     if rows is None:
         rows = start.mean + start.scale * torch.randn(config.components, config.features)
-    chosen = rows[torch.randint(len(rows), (config.components,))]
+    order = torch.randperm(len(rows))
+    chosen = rows[order.repeat(-(-config.components // len(rows)))[: config.components]]
+    if config.components > len(rows):  # twins would have one gradient, and stay twins
+        chosen = chosen + 0.1 * start.scale * torch.randn_like(chosen)
     largest = {"bernoulli": 1.0, "autoregressive": 1.0, "discretized-logistic": 255.0}.get(config.likelihood)
     largest = float(config.total_count) if config.total_count is not None else largest
+    if config.likelihood in ("poisson", "negative-binomial", "zero-inflated"):
+        largest = math.inf
     return VampPrior(posterior, chosen, None if largest is None else (0.0, largest))
 
 

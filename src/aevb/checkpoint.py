@@ -249,7 +249,8 @@ def _factors(vae: VAE) -> dict[str, list[str]]:
 
 
 def _dtype(files: Mapping[str, bytes]) -> torch.dtype:
-    return next(iter(safetensors.torch.load(files["model.safetensors"]).values())).dtype
+    kinds = [value.dtype for value in safetensors.torch.load(files["model.safetensors"]).values()]
+    return next(kind for kind in kinds if kind.is_floating_point)
 
 
 def load_weights(vae: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
-from aevb.bounds import evaluating, holes_in, prepare, refuse_shared, terms
+from aevb.bounds import draw_latents, evaluating, holes_in, prepare, refuse_shared, terms
 from aevb.config import InputError
 
 __all__ = ["Marginal", "active_units", "log_marginal", "pareto_k"]
@@ -39,7 +39,7 @@ class Marginal:
     std_error: Tensor  # (N,) nats, Monte Carlo, delta method
     ess: Tensor  # (N,) in [1, samples]
     pareto_k: Tensor  # (N,) above 0.7 the estimate is not to be trusted
-    elbo: Tensor  # (N,) nats, mean log-weight of the same draws
+    elbo: Tensor  # (N,) nats, from the same draws
     samples: int  # drawn for each datum, not asked for
 
 
@@ -67,7 +67,7 @@ def log_marginal(
         values: Observed nodes by name; each `(N, *event)`, NaN for a missing entry.
         samples: Draws L per datum.
         seed: Key of the draws; torch's own generator is neither used nor moved.
-        pack: Most draws held in memory at once, by blocks of 256.
+        pack: Most draws, times states of classes, held in memory at once, by blocks of 256 draws.
         discrete: "sum" over the states of latent classes and binary vectors, or "sample" them.
         progress: Called with the number of rows finished since the last call.
 
@@ -93,10 +93,12 @@ def log_marginal(
     holes, rows = holes_in(values), rows_of(values)
     digests = [_digest(values, row) for row in range(rows)]
     results = []
+    encoded: dict[str, td.Distribution] = {}
+    pack = max(1, pack // _states(vae, {name: value[:1] for name, value in values.items()}, discrete, encoded))
     draws = max(_BLOCK, pack // _BLOCK * _BLOCK)  # of one row in a pack: whole blocks
     with evaluating(vae):
         # The first row goes alone: it tells whether draws can be keyed for many rows and blocks together.
-        start, width, encoded = 0, 1, dict[str, td.Distribution]()
+        start, width = 0, 1
         widest, alone = max(1, pack // min(max(samples, _BLOCK), draws)), False
         while start < rows:
             chunk = slice(start, min(start + width, rows))
@@ -176,6 +178,13 @@ def pareto_k(tail: Tensor, cutoff: Tensor) -> Tensor:
     return torch.where(flat, -math.inf, (count * shape + 10 * 0.5) / (count + 10))
 
 
+def _states(vae: VAE, row: Values, discrete: Literal["sum", "sample"], encoded: dict[str, td.Distribution]) -> int:
+    """Joint states that are summed over for each draw of a row."""
+    with evaluating(vae), torch.random.fork_rng():
+        found = draw_latents(vae, row, 1, holes_in(row), None, encoded, discrete)
+    return math.prod(len(found.drawn[node]) for node in found.summed)
+
+
 def _estimate(
     vae: VAE,
     given: Values,
@@ -192,7 +201,7 @@ def _estimate(
         count = min(pack, samples - first)
         noise = functools.partial(_Keyed, keys, first // _BLOCK)
         found = terms(vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded, discrete=discrete)
-        running.add(found.log_weights().expand(count, rows).double())
+        running.add(found.log_weights().expand(count, rows).double(), found.weighted().expand(count, rows).double())
     return running.result()
 
 
@@ -206,11 +215,11 @@ class _Running:
         self.top = torch.full((rows,), -math.inf, dtype=torch.float64)
         self.first = torch.zeros(rows, dtype=torch.float64)
         self.second = torch.zeros(rows, dtype=torch.float64)
-        self.logs = torch.zeros(rows, dtype=torch.float64)
+        self.integrand = torch.zeros(rows, dtype=torch.float64)
         self.tail = torch.empty(0, rows, dtype=torch.float64)
 
-    def add(self, log_w: Tensor) -> None:
-        """Take in log-weights `(K, N)`."""
+    def add(self, log_w: Tensor, integrand: Tensor) -> None:
+        """Take in log-weights and the ELBO's integrand, `(K, N)`: the same but where classes are summed over."""
         log_w = log_w.to(self.top.device)
         top = torch.maximum(self.top, log_w.max(0).values)
         # A row all of whose weights are zero so far has top = -inf: its sums stay zero.
@@ -219,20 +228,20 @@ class _Running:
         shrink = (self.top - base).exp()
         self.first = self.first * shrink + scaled.sum(0)
         self.second = self.second * shrink.square() + scaled.square().sum(0)
-        self.logs += log_w.sum(0)
+        self.integrand += integrand.to(self.top.device).sum(0)
         self.top = top
         joined = torch.cat([self.tail, log_w])
         self.tail = joined.topk(min(self.kept, joined.shape[0]), dim=0).values
 
     def result(self) -> tuple[Tensor, ...]:
-        """Log p, its standard error, ESS, k-hat, mean log-weight."""
+        """Log p, its standard error, ESS, k-hat, ELBO."""
         count = self.samples
         log_prob = self.top + self.first.log() - math.log(count)
         ess = self.first.square() / self.second
         # Var(mean w) / mean(w)^2, the delta method; one draw tells nothing of its spread.
         relative = (1 / ess - 1 / count) * count / (count - 1) if count > 1 else torch.full_like(ess, math.nan)
         k = pareto_k(self.tail[:-1], self.tail[-1])
-        return log_prob, relative.clamp(min=0).sqrt(), ess, k, self.logs / count
+        return log_prob, relative.clamp(min=0).sqrt(), ess, k, self.integrand / count
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Bounds on log p(x): one pass over both networks gives every term, a bound reduces the terms."""
 
-from aevb.bounds.boundary import evaluating, holes_in, prepare
+from aevb.bounds.boundary import evaluating, holes_in, keeping_buffers, prepare
 from aevb.bounds.estimators import (
     elbo,
     estimate,
@@ -15,18 +15,20 @@ from aevb.bounds.estimators import (
     total_correlation,
     with_classifier,
 )
-from aevb.bounds.integrand import MAX_STATES, Kl, Terms, terms
+from aevb.bounds.integrand import MAX_STATES, Kl, Terms, draw_latents, terms
 
 __all__ = [
     "MAX_STATES",
     "Kl",
     "Terms",
+    "draw_latents",
     "elbo",
     "estimate",
     "evaluating",
     "free_bits_kl",
     "holes_in",
     "iwae",
+    "keeping_buffers",
     "log_mean",
     "log_q",
     "log_weights",

@@ -14,7 +14,7 @@ from aevb.bayesnet import VAE, BayesNet
 from aevb.config import InputError
 from aevb.distributions import check_factorizes, count_states, draw, support_violation
 
-__all__ = ["evaluating", "holes_in", "prepare"]
+__all__ = ["evaluating", "holes_in", "keeping_buffers", "prepare"]
 
 
 def holes_in(values: Values) -> tuple[str, ...]:
@@ -134,6 +134,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in modes:
             each.training = training
+
+
+@contextlib.contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """A pass that leaves batch-norm's running statistics as they are."""
+    norms = [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._NormBase) and each.training]
+    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in kept:
+                buffer.data.copy_(before)  # a graph that holds the buffer wants this very value back
 
 
 def _refuse(node: str, value: Tensor, d: td.Distribution) -> None:

@@ -8,18 +8,19 @@ make an objective that is none.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 import torch.distributions as td
-from torch import Tensor
+from torch import Tensor, nn
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
-from aevb.bounds.boundary import holes_in, prepare
-from aevb.bounds.integrand import Kl, Terms, draw_latents, terms_at
+from aevb.bounds.boundary import holes_in, keeping_buffers, prepare
+from aevb.bounds.integrand import Draws, Kl, Terms, draw_latents, terms_at
 from aevb.config import Discrete, Gradient, InputError
 from aevb.distributions import Noise, base_of
 
@@ -152,14 +153,29 @@ def log_q(vae: VAE, values: Values, node: str) -> Tensor:
     inside = vae.p.to_states(values)
     if node not in vae.q.nodes or node not in inside:
         raise InputError(f"`{node}` must have a factor in q and observed values. Give both, or name another node.")
-    if lacking := [name for name in vae.q.parents[node] if name not in inside and name in vae.p.nodes]:
-        raise InputError(f"q's factor of `{node}` depends on `{lacking[0]}`, which is latent. Observe it.")
-    latent = dict.fromkeys([node])
-    known = inside | vae.computed(inside, latent)
+    if not torch.compiler.is_compiling():
+        vae.p.check_codes(values)
+    reference = next(vae.parameters(), torch.empty(0))
+    inside = {name: value.to(reference) for name, value in inside.items()}
+    known = dict(inside)
+    for parent in vae.q.parents[node]:
+        _find(vae, parent, known, node)
     value = inside[node]
     missing = value.isnan()
     density = vae.q.distribution(node, known).log_prob(torch.where(missing, 0.0, value))
     return torch.where(missing.flatten(1).all(-1) if missing.ndim > 1 else missing, 0.0, density)
+
+
+def _find(vae: VAE, name: str, known: dict[str, Tensor], node: str) -> None:
+    """Put the value of `name`, a parent of `node`, into `known`, computing what it is computed from."""
+    if name in known:
+        return
+    if not vae.computes(name):
+        raise InputError(f"q's factor of `{node}` depends on `{name}`, which is latent. Observe it.")
+    home = vae.home(name)
+    for parent in home.parents[name]:
+        _find(vae, parent, known, node)
+    known[name] = home.distribution(name, known).mean
 
 
 def with_classifier(node: str, weight: float) -> Callable[..., Tensor]:
@@ -201,6 +217,8 @@ def estimate(
 ) -> Terms:
     """The terms of prepared `values`, with the densities arranged as the estimator of q's gradient needs them."""
     seen = holes_in(values) if holes is None else holes
+    if gradient != "plain":
+        _refuse_dropout(vae)
     draws = draw_latents(vae, values, samples, seen, noise, None, discrete, temperature)
     if gradient == "plain":
         return terms_at(vae, draws, kl=kl, holes=seen, data_size=data_size)
@@ -211,7 +229,8 @@ def estimate(
         )
     if gradient == "stl":
         return terms_at(vae, draws, kl="sampled", holes=seen, data_size=data_size, stop=True)
-    with torch.no_grad():
+    _refuse_shared_draws(vae, draws)
+    with torch.no_grad(), keeping_buffers(vae):
         by_state = terms_at(vae, draws, kl="sampled", holes=seen).log_weights_by_state()
         axes = tuple(range(len(draws.summed) + 1))  # states and draws
         weights = (by_state - by_state.logsumexp(axes, keepdim=True)).exp()
@@ -219,6 +238,29 @@ def estimate(
     for node in draws.summed:
         del scale[node]
     return terms_at(vae, draws, kl="sampled", holes=seen, scale=scale, stop=True)
+
+
+def _refuse_dropout(vae: VAE) -> None:
+    """Raise if q's densities would be evaluated anew under another dropout mask: the value would be no bound."""
+    conditionals = [*vae.q.children(), *(vae.p.conditional(node) for node in vae.p.nodes if vae.p.computes(node))]
+    for module in itertools.chain.from_iterable(conditional.modules() for conditional in conditionals):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise InputError(
+                "`gradient` stl and dreg evaluate q anew at its draws, where dropout would be drawn anew, too. Use "
+                'gradient="plain", or take the dropout out of q.'
+            )
+
+
+def _refuse_shared_draws(vae: VAE, draws: Draws) -> None:
+    """Raise where a node drawn once a state depends on one drawn once for all: its weights would count twice."""
+    lead = {n: z.ndim - len(draws.posterior[n].event_shape) for n, z in draws.drawn.items() if n not in draws.summed}
+    for above, axes in lead.items():
+        for node in vae.below(above):
+            if lead.get(node, axes) != axes:
+                raise InputError(
+                    f"`gradient` dreg is biased where `{node}`, drawn for each state of {', '.join(draws.summed)}, "
+                    f'depends on `{above}`, drawn once for all. Use gradient="plain".'
+                )
 
 
 def _along(weights: Tensor, drawn: Tensor, d: td.Distribution) -> Tensor:
@@ -236,7 +278,7 @@ def mean_bound(found: Terms, integrand: Tensor, samples: int, rows: int) -> Tens
     signal = integrand.detach()
     if samples > 1:  # what the other draws of a row, or the other rows, expect does not depend on this draw
         signal = (signal - signal.mean(0)) * samples / (samples - 1)
-    elif rows > 1:
+    elif rows > 1 and all(score.shape[-1] == rows for score in found.scored.values()):
         signal = (signal - signal.mean(1, keepdim=True)) * rows / (rows - 1)
     return (integrand + _score(found, signal)).mean(0)
 
@@ -250,9 +292,12 @@ def mean_log_bound(found: Terms, log_w: Tensor, samples: int, rows: int) -> Tens
     if samples < 2:
         return bound + _score(found, bound.detach().unsqueeze(0)).sum(0)
     fixed = log_w.detach()
-    others = (fixed.sum(0) - fixed) / (samples - 1)  # VIMCO: a geometric mean stands in for the draw left out
-    without = torch.stack([torch.cat([fixed[:k], others[k : k + 1], fixed[k + 1 :]]) for k in range(samples)])
-    signal = bound.detach() - (without.logsumexp(1) - math.log(samples))
+    baselines = []
+    for k in range(samples):  # VIMCO: a geometric mean stands in for the draw left out
+        others = torch.cat([fixed[:k], fixed[k + 1 :]])
+        baselines.append(torch.cat([others, others.mean(0, keepdim=True)]).logsumexp(0) - math.log(samples))
+    baseline = torch.stack(baselines)
+    signal = bound.detach() - torch.where(baseline > -math.inf, baseline, 0.0)
     return bound + _score(found, signal).sum(0)
 
 

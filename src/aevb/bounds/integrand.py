@@ -21,7 +21,7 @@ from torch import Tensor
 
 from aevb._shapes import Values, check_event, rows_of
 from aevb.bayesnet import VAE, call_stopped
-from aevb.bounds.boundary import holes_in
+from aevb.bounds.boundary import holes_in, keeping_buffers
 from aevb.config import Discrete, InputError
 from aevb.distributions import Noise, closed_kl, count_states, log_prob, relaxed, reparameterize, states
 
@@ -213,7 +213,8 @@ def draw_latents(
             value = value.reshape(count, *(1,) * (len(summed) + 2), *d.event_shape)
             draws.log_q[node] = functools.partial(d.log_prob, value)
             if missing is not None:
-                same = (value == values[node]).flatten(-max(1, len(d.event_shape))).all(-1)
+                same = value == values[node]
+                same = same.flatten(-len(d.event_shape)).all(-1) if d.event_shape else same
                 draws.seen[node] = torch.where(missing | same, 0.0, -math.inf)
             summed.append(node)
             steady.add(node)
@@ -262,7 +263,8 @@ def terms_at(
             drawn[node] if missing is None else _blend(drawn[node], draws.values[node], missing, draws.posterior[node])
         )
     if scale:
-        known |= vae.computed(known, draws.latent)
+        with keeping_buffers(vae):
+            known |= vae.computed(known, draws.latent)
     inferring = known | vae.computed(known, draws.latent, stop=True) if stop else known
     result = Terms(values=known, latent=draws.latent, posterior=draws.posterior, summed=draws.summed)
     log_state: list[Tensor] = []
@@ -285,7 +287,7 @@ def terms_at(
             result.scored[node] = score if missing is None else torch.where(missing, score, 0.0)
         closed = closed_kl(q, d) if not summed and kl == "auto" and vae.closed_form_is_exact(node) else None
         if closed is not None:
-            result.kl[node] = (closed if missing is None else closed * missing.unsqueeze(-1)) * share
+            result.kl[node] = (closed if missing is None else torch.where(missing.unsqueeze(-1), closed, 0.0)) * share
             if missing is not None:
                 result.log_p[node] = torch.where(missing, 0.0, log_prob(d, value))
             continue

@@ -115,7 +115,8 @@ class LadderNormal(nn.Module):
         out = self.net(below)
         check_out("LadderNormal", out, 2 * above_d.loc.shape[-1])
         loc, raw = out.chunk(2, dim=-1)
-        from_below, from_above = F.softplus(raw).square().reciprocal(), above_d.scale.square().reciprocal()
-        variance = 1 / (from_below + from_above)
-        mean = variance * (loc * from_below + above_d.loc * from_above)
-        return independent(td.Normal(mean, variance.sqrt(), validate_args=False))
+        below_scale, above_scale = F.softplus(raw), above_d.scale
+        # Shares of the two in the mean, from the hypotenuse: squares and their reciprocals would leave float32's range.
+        norm = torch.hypot(below_scale, above_scale)
+        mean = loc * (above_scale / norm).square() + above_d.loc * (below_scale / norm).square()
+        return independent(td.Normal(mean, below_scale * (above_scale / norm), validate_args=False))

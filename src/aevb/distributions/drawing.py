@@ -27,7 +27,7 @@ class Noise(Protocol):
     """Where draws come from, when not from torch's current generator."""
 
     def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """Standard normals of `shape`, `(K, N, ...)`, with the dtype and device of `like`."""
+        """Standard normals of `shape`, `(K, N, *event)`, with the dtype and device of `like`."""
         ...
 
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
@@ -97,9 +97,12 @@ def reparameterize(
 
 
 def normals(lead: torch.Size, event: torch.Size, like: Tensor, noise: Noise | None) -> Tensor:
-    """Standard normals `(*lead, *event)`; axes in front of (K, N) are asked of `noise` behind them."""
+    """Standard normals `(*lead, *event)`, each its own; from `noise` the states in front of (K, N) share theirs.
+
+    A sum over states stays unbiased with noise that they share, and a row's noise then depends on nothing but the row:
+    not on whether the rows beside it leave a class open.
+    """
     if noise is None:
         return torch.randn(lead + event, dtype=like.dtype, device=like.device)
     extra = max(0, len(lead) - 2)
-    drawn = noise.normal(lead[extra:] + lead[:extra] + event, like)
-    return drawn.permute(*range(2, 2 + extra), 0, 1, *range(2 + extra, drawn.ndim)) if extra else drawn
+    return noise.normal(lead[extra:] + event, like).expand(lead + event)

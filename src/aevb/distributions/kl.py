@@ -42,8 +42,9 @@ def _kl_one_hot(q: td.Distribution, p: td.Distribution) -> Tensor:
     """One group: the classes are one variable."""
     assert isinstance(q, OneHot)
     assert isinstance(p, OneHot)
-    # A class of no probability counts for nothing.
-    return torch.where(q.mean == 0, 0.0, q.mean * (q.logits - p.logits)).sum(-1, keepdim=True)
+    none = q.mean == 0  # a class of no probability counts for nothing, in value and gradient
+    ratio = torch.where(none, 0.0, q.logits) - torch.where(none, 0.0, p.logits)
+    return (q.mean * ratio).sum(-1, keepdim=True)
 
 
 def _kl_bernoulli(q: td.Distribution, p: td.Distribution) -> Tensor:

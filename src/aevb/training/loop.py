@@ -161,7 +161,9 @@ class _Trainer:
         self.reference = params[0]
         _check_memory(vae, self.batch_size * config.samples)
         self.orders: dict[int, Tensor] = {}
-        self.state = OptimizerState.start(params, config)
+        self.state = OptimizerState.start(params, config, list(vae.buffers()))
+        name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
+        self.told = str(name)
         self.inner = Step(vae, objective, self.state, config, self._check_data(), len(self.training))
         self.inner.measure(self.batch(0))
         self.history = History([], out)
@@ -241,7 +243,8 @@ class _Trainer:
         if self.step % config.log_every == 0 or last or self.finished:
             record: dict[str, Any] = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
             record |= self.inner.meter.read()
-            record["dead"] = dead_dimensions(record["kl_dims"])
+            # A node with one value for the data set is no code of a datum.
+            record["dead"] = dead_dimensions({n: k for n, k in record["kl_dims"].items() if n not in self.vae.shared})
             record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
             self._watch(record, last or self.finished)
             if validation is not None:
@@ -358,7 +361,14 @@ class _Trainer:
         own = {
             name: averages[id(p)] for name, p in self.vae.named_parameters(remove_duplicate=False) if id(p) in averages
         }
-        return _copy(self.vae) | own
+        statistics = {id(b): a for b, a in zip(self.state.running, self.state.running_average, strict=True)}
+        state = _copy(self.vae)
+        own |= {
+            name: statistics[id(b)]
+            for name, b in self.vae.named_buffers(remove_duplicate=False)
+            if id(b) in statistics and name in state
+        }
+        return state | own
 
     @contextlib.contextmanager
     def _showing(self, weights: dict[str, Tensor] | None) -> Iterator[None]:
@@ -387,7 +397,7 @@ class _Trainer:
         numbers = {
             "step": self.step, "best_bound": self.best_bound, "stale": self.stale, "seconds": self.seconds,
             "finished": self.finished, "since_log": self.inner.meter.steps, "rows": len(self.data),
-            "held_out": len(self.held_out),
+            "held_out": len(self.held_out), "objective": self.told, "collapsed": sorted(self.collapsed),
             "threads": torch.get_num_threads(),
             "device": str(self.reference.device),
         }  # fmt: skip
@@ -419,6 +429,7 @@ class _Trainer:
         self.best = {name[5:]: value for name, value in tensors.items() if name.startswith("best/")} or None
         self.step, self.best_bound, self.stale = numbers["step"], numbers["best_bound"], numbers["stale"]
         self.seconds, self.finished = numbers["seconds"], numbers["finished"]
+        self.collapsed = set(numbers.get("collapsed", ()))
         self.inner.meter.sums.copy_(tensors["meter/sums"])
         self.inner.meter.dropped.copy_(tensors["meter/dropped"])
         self.inner.meter.steps = numbers["since_log"]
@@ -430,7 +441,8 @@ class _Trainer:
             raise InputError(f"`{self.out}` holds weights but no state of training. Train anew, into another folder.")
         ours, theirs = self.config.to_json(), found.config.to_json()
         free = {"patience", "log_every", "checkpoint_every"}
-        if self.config.schedule == "constant":  # else the rate depends on how many steps are to come
+        # else the rate, or the weight of the KL, depends on how many steps are to come
+        if self.config.schedule == "constant" and self.config.kl_cycles == 1:
             free.add("steps")
         changed = sorted(name for name in ours if name not in free and ours[name] != theirs[name])
         if changed:
@@ -440,6 +452,7 @@ class _Trainer:
             )
         numbers = found.resume["numbers"]
         here = {
+            "objective": self.told,
             "rows": len(self.data),
             "held_out": len(self.held_out),
             "threads": torch.get_num_threads(),

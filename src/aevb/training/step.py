@@ -20,6 +20,7 @@ from aevb.bounds import (
     Terms,
     estimate,
     free_bits_kl,
+    keeping_buffers,
     mean_bound,
     mean_log_bound,
     refuse_shared,
@@ -157,7 +158,7 @@ class Step:
 
     def measure(self, values: Values) -> None:
         """Learn from one batch into how many groups each latent's KL comes, and let a custom objective be seen."""
-        with torch.no_grad():
+        with torch.no_grad(), keeping_buffers(self.vae):
             found = self._terms(values)
             per_row = self._objective(values, found, torch.ones(()))
         if per_row.shape != (rows_of(values),):
@@ -209,13 +210,15 @@ class Step:
         with contextlib.nullcontext() if needed else torch.no_grad():
             found = self._terms(values)
         loss = -self._objective(values, found, kl_weight).mean()
-        if self.is_bound and isinstance(kl_weight, float) and kl_weight == 1.0:
+        if self.is_bound and not isinstance(kl_weight, Tensor) and kl_weight == 1:
             return loss, -loss.detach(), found
         with torch.no_grad():
             if self.config.discrete == "relax":  # a relaxed value is no bound: draw classes instead
-                found = estimate(
-                    self.vae, values, self.config.samples, discrete="sample", data_size=self.data_size, holes=self.holes
-                )
+                with keeping_buffers(self.vae):
+                    found = estimate(
+                        self.vae, values, self.config.samples, discrete="sample", data_size=self.data_size,
+                        holes=self.holes,
+                    )  # fmt: skip
             return loss, self.reduce(found, 1.0, _plain(self.config), rows_of(values), self.vae.shared).mean(), found
 
     def explain(self, values: Values, kl_weight: float) -> str:

@@ -29,24 +29,30 @@ class OptimizerState:
     first: list[Tensor]  # Adam's running mean of gradients
     second: list[Tensor]  # Adam's running mean of squared gradients
     average: list[Tensor]  # exponential moving average of the weights; empty where it is off
+    running: list[Tensor]  # floating buffers of the model, batch-norm's statistics among them; empty likewise
+    running_average: list[Tensor]  # and their moving average, which belongs to the averaged weights
     count: Tensor  # (), updates taken
 
     @classmethod
-    def start(cls, params: Sequence[Tensor], config: TrainConfig) -> OptimizerState:
+    def start(cls, params: Sequence[Tensor], config: TrainConfig, buffers: Sequence[Tensor] = ()) -> OptimizerState:
         """Zeros, and the weights as their own average."""
         params = list(params)
+        running = [b for b in buffers if b.is_floating_point() and b.numel()] if config.average else []
         adam = config.optimizer != "sgd"
         return cls(
             params=params,
             first=[torch.zeros_like(p) for p in params] if adam else [],
             second=[torch.zeros_like(p) for p in params] if adam else [],
             average=[p.detach().clone() for p in params] if config.average else [],
+            running=running,
+            running_average=[b.detach().clone() for b in running],
             count=torch.zeros((), device=params[0].device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, for a checkpoint; parameters aside, which the model saves."""
         lists = {"first": self.first, "second": self.second, "average": self.average}
+        lists["running_average"] = self.running_average
         named = {f"{kind}/{i}": tensor for kind, tensors in lists.items() for i, tensor in enumerate(tensors)}
         return named | {"count": self.count}
 
@@ -82,6 +88,8 @@ def update_eagerly(
     if state.average:
         mixing = _averaging(state.count, config) * ok
         torch._foreach_lerp_(state.average, state.params, [mixing] * len(state.params))
+        for mean, now in zip(state.running_average, state.running, strict=True):
+            mean.lerp_(now, mixing)
     return norm, ok
 
 
@@ -105,6 +113,9 @@ def update_traced(
         p.copy_(new)
         if mixing is not None:
             state.average[i].lerp_(new, mixing)
+    if mixing is not None:
+        for mean, now in zip(state.running_average, state.running, strict=True):
+            mean.lerp_(now, mixing)
     return norm, ok
 
 
