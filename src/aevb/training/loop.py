@@ -26,7 +26,7 @@ from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, load, load_weights, save
 from aevb.config import Discrete, InputError, TrainConfig
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
-from aevb.training.step import OBJECTIVES, Objective, Step, can_compile
+from aevb.training.step import OBJECTIVES, Objective, Step, can_compile, check_memory
 from aevb.training.updates import OptimizerState, update_eagerly
 
 __all__ = ["OBJECTIVES", "Dataset", "fit", "split_rows"]
@@ -159,7 +159,7 @@ class _Trainer:
         if not params:
             raise InputError("`vae` has no parameters to train. Give p or q a conditional with a net.")
         self.reference = params[0]
-        _check_memory(vae, self.batch_size * config.samples)
+        check_memory(vae, self.batch_size * config.samples)
         self.orders: dict[int, Tensor] = {}
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
@@ -493,20 +493,3 @@ def split_rows(rows: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
 
 def _copy(vae: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in vae.state_dict().items()}
-
-
-def _check_memory(vae: nn.Module, draws: int) -> None:
-    """Refuse a batch whose activations alone exceed what is free: the kernel would kill the process without a word."""
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    widths = sum(module.out_features for module in vae.modules() if isinstance(module, nn.Linear))
-    # Values and gradients of each layer's output before and after its nonlinearity.
-    needed = 4 * draws * widths * next(vae.parameters()).element_size()
-    if needed > free:
-        raise InputError(
-            f"A batch of {draws} rows times draws needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            "free. Lower `batch_size` or `samples`."
-        )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
@@ -29,7 +29,7 @@ from aevb.bounds import (
 from aevb.config import InputError, TrainConfig
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
-__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "can_compile"]
+__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "can_compile", "check_memory"]
 
 _log = logging.getLogger("aevb")
 
@@ -273,3 +273,20 @@ def can_compile() -> str | None:
     except (exc.InvalidCxxCompiler, RuntimeError):
         return "no C++ compiler was found"
     return None
+
+
+def check_memory(vae: nn.Module, draws: int) -> None:
+    """Refuse a batch whose activations alone exceed what is free: the kernel would kill the process without a word."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return
+    widths = sum(module.out_features for module in vae.modules() if isinstance(module, nn.Linear))
+    # Values and gradients of each layer's output before and after its nonlinearity.
+    needed = 4 * draws * widths * next(vae.parameters()).element_size()
+    if needed > free:
+        raise InputError(
+            f"A batch of {draws} rows times draws needs about {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free. Lower `batch_size` or `samples`."
+        )
