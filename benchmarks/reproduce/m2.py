@@ -4,7 +4,9 @@
 
 Ten labels a class are drawn from the first 50,000 training images by each seed, the other labels are hidden; the last
 1000 training images choose between settings (--validate), the 10,000 test images are looked at once. Pixels are drawn
-black or white from their grey values anew each time they are used; the classifier is judged at the grey values.
+black or white from their grey values anew each time they are used; the classifier is judged at the grey values. One
+hidden layer of 500 units and 50 latents as in the paper; its softplus without batch-norm or dropout of the classifier's
+inputs is `--activation softplus --no-batch-norm --dropout 0`.
 """
 
 from __future__ import annotations
@@ -68,16 +70,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=200)
-    parser.add_argument("--share", type=float, default=0.1, help="labelled rows of a batch")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--share", type=float, default=0.2, help="labelled rows of a batch")
     parser.add_argument("--weight", type=float, default=50.0, help="of log q(y | x) in a labelled row")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.0)
     parser.add_argument("--hidden", type=int, nargs="+", default=[500])
-    parser.add_argument("--activation", default="softplus")
-    parser.add_argument("--dropout", type=float, default=0.0, help="of the classifier's inputs")
-    parser.add_argument("--batch-norm", action="store_true")
+    parser.add_argument("--activation", default="relu")
+    parser.add_argument("--dropout", type=float, default=0.3, help="of the classifier's inputs")
+    parser.add_argument("--batch-norm", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--latents", type=int, default=50)
     parser.add_argument("--validate", action="store_true", help="judge on 1000 validation labels, record nothing")
     args = parser.parse_args()
