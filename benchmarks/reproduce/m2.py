@@ -3,8 +3,8 @@
     python benchmarks/reproduce/m2.py ../shared/data --draws 0 1 2 3 4
 
 Ten labels a class are drawn from the first 50,000 training images by each seed, the other labels are hidden; the last
-1000 training images choose between settings (--validate), the 10,000 test images are looked at once. Pixels are drawn
-black or white from their grey values anew each time they are used; the classifier is judged at the grey values. One
+1000 training images choose between settings (--validate); the figure is that of the 10,000 test images. Pixels turn
+black or white by their grey values anew each time they are used; the classifier is judged at the grey values. One
 hidden layer of 500 units and 50 latents as in the paper; its softplus without batch-norm or dropout of the classifier's
 inputs is `--activation softplus --no-batch-norm --dropout 0`.
 """
