@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         ZeroInflatedNegativeBinomial,
     )
     from aevb.config import InputError, ModelConfig, TrainConfig
-    from aevb.evaluate import Marginal, active_units, log_marginal
+    from aevb.evaluate import Imputation, Marginal, active_units, impute, log_marginal
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
     from aevb.nets import MLP, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
@@ -95,8 +95,10 @@ _HOMES = {
         "disentanglement",
     ),
     "evaluate": (
+        "Imputation",
         "Marginal",
         "active_units",
+        "impute",
         "log_marginal",
     ),
     "flows": (
@@ -140,6 +142,7 @@ __all__ = [
     "FlowPrior",
     "FullNormal",
     "Holes",
+    "Imputation",
     "InputError",
     "InverseAutoregressiveFlow",
     "LadderNormal",
@@ -169,6 +172,7 @@ __all__ = [
     "disentanglement",
     "elbo",
     "fit",
+    "impute",
     "iwae",
     "load",
     "log_marginal",

@@ -1,0 +1,176 @@
+r"""Importance draws from q in packs: what every estimate from them reduces, in memory that does not grow with draws.
+
+q's parameters are computed once a row. A row's draws are keyed by (seed, the row's content, block of draws), so that
+its figure depends neither on its company nor on the packs, beyond rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol, final
+
+import torch
+import torch.distributions as td
+from torch import Tensor
+
+from aevb._shapes import Values, rows_of
+from aevb.bayesnet import VAE
+from aevb.bounds import Terms, draw_latents, evaluating, holes_in, prepare, refuse_shared, terms
+from aevb.config import InputError
+
+__all__ = ["BLOCK", "Keyed", "Reducer", "stream"]
+
+BLOCK = 256
+"""Draws that share one key: a row's noise is drawn by whole blocks, so that it does not depend on the packs."""
+
+
+class Reducer(Protocol):
+    """Takes in the packs of some rows, one after another, and tells what came of them."""
+
+    def add(self, found: Terms, count: int) -> None:
+        """Take in one pack of `count` draws; every density is sampled, `(E..., K, N)`."""
+        ...
+
+    def result(self) -> tuple[Tensor, ...]:
+        """The figures of these rows, each `(N, ...)`."""
+        ...
+
+
+def stream(
+    vae: VAE,
+    values: Values,
+    samples: int,
+    reducer: Callable[[Values, Callable[[int], Keyed]], Reducer],
+    *,
+    seed: int,
+    pack: int,
+    discrete: Literal["sum", "sample"] = "sum",
+    progress: Callable[[int], None] | None = None,
+) -> tuple[Tensor, ...]:
+    """Reduce `samples` draws of each row.
+
+    Args:
+        vae: Generative and inference networks.
+        values: Observed nodes by name; each `(N, *event)`.
+        samples: Draws L per datum.
+        reducer: Makes a reducer for some rows: their values, and noise of its own keyed as theirs (given the index of
+            the first draw).
+        seed: Key of the draws.
+        pack: Most draws, times states of classes, held in memory at once, by blocks of 256 draws.
+        discrete: "sum" over the states of latent classes and binary vectors, or "sample" them.
+        progress: Called with the number of rows finished since the last call.
+
+    Returns:
+        What the reducers told, all rows together.
+    """
+    if samples < 1 or pack < 1:
+        raise InputError(f"`samples` and `pack` must be at least 1; got {samples} and {pack}.")
+    refuse_shared(vae)
+    values = prepare(vae, values)
+    holes, rows = holes_in(values), rows_of(values)
+    digests = [_digest(values, row) for row in range(rows)]
+    results: list[tuple[Tensor, ...]] = []
+    encoded: dict[str, td.Distribution] = {}
+    pack = max(1, pack // _states(vae, {name: value[:1] for name, value in values.items()}, discrete, encoded))
+    draws = max(BLOCK, pack // BLOCK * BLOCK)  # of one row in a pack: whole blocks
+    with evaluating(vae):
+        # The first row goes alone: it tells whether draws can be keyed for many rows and blocks together.
+        start, width = 0, 1
+        widest, alone = max(1, pack // min(max(samples, BLOCK), draws)), False
+        while start < rows:
+            chunk = slice(start, min(start + width, rows))
+            given = {name: value[chunk] for name, value in values.items()}
+            keys = _Keys(seed=seed, digests=digests[chunk], alone=alone)
+            running, step = reducer(given, functools.partial(_own, keys)), BLOCK if alone else draws
+            try:
+                for first in range(0, samples, step):
+                    count = min(step, samples - first)
+                    noise = functools.partial(Keyed, keys, first // BLOCK)
+                    found = terms(
+                        vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded, discrete=discrete
+                    )
+                    running.add(found, count)
+            except _NotNormal:
+                widest, alone = 1, True
+                continue
+            results.append(running.result())
+            if progress is not None:
+                progress(chunk.stop - chunk.start)
+            start, width, encoded = chunk.stop, widest, {}
+    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+
+def _states(vae: VAE, row: Values, discrete: Literal["sum", "sample"], encoded: dict[str, td.Distribution]) -> int:
+    """Joint states that are summed over for each draw of a row."""
+    with evaluating(vae), torch.random.fork_rng():
+        found = draw_latents(vae, row, 1, holes_in(row), None, encoded, discrete)
+    return math.prod(len(found.drawn[node]) for node in found.summed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """What the draws of some rows depend on."""
+
+    seed: int
+    digests: list[bytes]  # content of each row
+    alone: bool  # one row and one block at a time, since some noise is not known to be normal
+
+
+class _NotNormal(Exception):
+    """A draw's noise is not known to be normal, so it can be keyed only for one row and one block alone."""
+
+
+@final
+class Keyed:
+    """Noise of one node for some rows and consecutive blocks of draws, keyed by (seed, row's content, block, node)."""
+
+    def __init__(self, keys: _Keys, block: int, node: str) -> None:
+        self.keys, self.block, self.node = keys, block, node
+
+    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Standard normals `(K, N, *event)`; whole blocks are drawn, and the last is cut."""
+        count, rows, event = shape[0], shape[1], shape[2:]
+        assert rows == len(self.keys.digests)
+        blocks = math.ceil(count / BLOCK)
+        result = torch.empty((rows, blocks, BLOCK, *event), dtype=like.dtype)
+        generator = torch.Generator()
+        for row in range(rows):
+            for block in range(blocks):
+                generator.manual_seed(self._key(row, block))
+                result[row, block].normal_(generator=generator)
+        return result.flatten(1, 2)[:, :count].transpose(0, 1).to(like.device)
+
+    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
+        """A draw of any other kind: torch's generator, seeded for this row and block, and put back."""
+        if not self.keys.alone:
+            raise _NotNormal
+        with torch.random.fork_rng():
+            torch.manual_seed(self._key(0, 0))
+            return d.rsample() if d.has_rsample else d.sample()
+
+    @property
+    def key(self) -> int:
+        """Seed of what these rows draw together."""
+        return self._key(0, 0)
+
+    def _key(self, row: int, block: int) -> int:
+        # torch's generator keeps 32 bits of it: of 100,000 blocks one or two pairs share their noise, in two rows.
+        text = f"{self.keys.seed} {self.block + block} {self.node} ".encode() + self.keys.digests[row]
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def _own(keys: _Keys, first: int) -> Keyed:
+    """Noise of a reducer's own; no node can have its name."""
+    return Keyed(keys, first // BLOCK, "|")
+
+
+def _digest(values: Values, row: int) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(values):
+        digest.update(name.encode())
+        digest.update(values[name][row].detach().cpu().contiguous().numpy().tobytes())
+    return digest.digest()
