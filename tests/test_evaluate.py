@@ -96,6 +96,9 @@ def assert_same(found: aevb.Marginal, wanted: aevb.Marginal, rows: list[int] | s
     for field in FIELDS:
         ours, theirs = getattr(found, field), getattr(wanted, field)[rows]
         torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=ROUNDING, msg=lambda m, f=field: f"{f}: {m}")
+    assert list(found.curve) == list(wanted.curve)
+    for count, bound in found.curve.items():
+        torch.testing.assert_close(bound, wanted.curve[count][rows], rtol=ROUNDING, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -354,6 +357,25 @@ def test_tail_is_that_of_the_whole_stream():
     size = min(math.ceil(3 * math.sqrt(samples)), samples // 5)
     expected = pareto_k(log_w[:size].unsqueeze(1), log_w[size].unsqueeze(0))
     torch.testing.assert_close(found.pareto_k, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("pack", [256, 1024, 10_000])
+@pytest.mark.parametrize("samples", [1, 2, 700, 3000])
+def test_curve_is_the_mean_bound_of_consecutive_groups(samples, pack):
+    """With K = 1, 2, 4, ... draws, each of the L // K groups by itself; the last point is the estimate."""
+    net = Recording(Sign())
+    net.net = nn.Identity()
+    vae = VAE(BayesNet({"z": StandardNormal(1), "x | z": Bernoulli(net)}), BayesNet({"z": StandardNormal(1)}))
+    found = aevb.log_marginal(vae, {"x": torch.ones(1, 1)}, samples, pack=pack)
+    log_w = nn.functional.logsigmoid(torch.cat(net.seen[1:]).flatten())
+    sizes = [2**level for level in range(samples.bit_length())]
+    assert list(found.curve) == list(dict.fromkeys([*sizes, samples]))
+    for size in sizes[:-1] if samples in sizes else sizes:
+        whole = log_w[: samples // size * size].view(-1, size)
+        expected = (whole.logsumexp(1) - math.log(size)).mean().reshape(1)
+        torch.testing.assert_close(found.curve[size], expected, rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(found.curve[1], found.elbo)
+    assert torch.equal(found.curve[samples], found.log_prob)
 
 
 class Fragile(nn.Module):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         ZeroInflatedNegativeBinomial,
     )
     from aevb.config import InputError, ModelConfig, TrainConfig
-    from aevb.evaluate import Imputation, Marginal, active_units, impute, log_marginal
+    from aevb.evaluate import Comparison, Imputation, Marginal, active_units, compare, impute, log_marginal
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
     from aevb.nets import MLP, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
@@ -95,9 +95,11 @@ _HOMES = {
         "disentanglement",
     ),
     "evaluate": (
+        "Comparison",
         "Imputation",
         "Marginal",
         "active_units",
+        "compare",
         "impute",
         "log_marginal",
     ),
@@ -132,6 +134,7 @@ __all__ = [
     "BetaBinomial",
     "Binomial",
     "Categorical",
+    "Comparison",
     "Conditional",
     "ConvNet",
     "Deterministic",
@@ -169,6 +172,7 @@ __all__ = [
     "ZeroInflatedNegativeBinomial",
     "active_units",
     "build_vae",
+    "compare",
     "disentanglement",
     "elbo",
     "fit",

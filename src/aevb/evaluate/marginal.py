@@ -32,6 +32,7 @@ class Marginal:
     ess: Tensor  # (N,) in [1, samples]
     pareto_k: Tensor  # (N,) above 0.7 the estimate is not to be trusted
     elbo: Tensor  # (N,) nats, from the same draws
+    curve: dict[int, Tensor]  # K to (N,) the bound with K draws, averaged over the samples' groups of K; nats
     samples: int  # drawn for each datum, not asked for
 
 
@@ -51,6 +52,9 @@ def log_marginal(
         \text{SE}(\log \hat p)^2 \approx \frac{\sum_l (w_l - \hat p)^2}{L (L - 1)\, \hat p^2}, \quad
         \text{ESS} = \frac{(\sum_l w_l)^2}{\sum_l w_l^2}
 
+    The bound with fewer draws, :math:`E \log \frac{1}{K} \sum_k w_k`, comes from the same ones, cut into groups of
+    K = 1, 2, 4, ...: where it still rises at the end, more samples would say more.
+
     A row's draws are keyed by (seed, the row's content, block of draws): its figure depends neither on its company nor
     on `pack`, beyond rounding. Parts of the model that depend on the mode run in evaluation mode.
 
@@ -64,7 +68,7 @@ def log_marginal(
         progress: Called with the number of rows finished since the last call.
 
     Returns:
-        The estimates, float64.
+        The estimates, float64. Where classes are summed over, the curve begins above the ELBO.
 
     Raises:
         InputError: For values the model cannot take, fewer than one sample, or weights that are not numbers (the rows
@@ -94,8 +98,16 @@ def log_marginal(
             f"log p(x) is not a number for {int(bad.sum())} of {len(bad)} rows, the first of them {named}: a net "
             "returned NaN or infinity there. Look at those rows, and at the weights for non-finite values."
         )
+    log_prob, std_error, ess, k, elbo, curve = columns
+    groups = [2**level for level in range(curve.shape[1])]
     return Marginal(
-        **dict(zip(("log_prob", "std_error", "ess", "pareto_k", "elbo"), columns, strict=True)), samples=samples
+        log_prob=log_prob,
+        std_error=std_error,
+        ess=ess,
+        pareto_k=k,
+        elbo=elbo,
+        curve=dict(zip(groups, curve.T, strict=True)) | {samples: log_prob},
+        samples=samples,
     )
 
 
@@ -111,6 +123,10 @@ class _Running:
         self.second = torch.zeros(rows, dtype=torch.float64)
         self.integrand = torch.zeros(rows, dtype=torch.float64)
         self.tail = torch.empty(0, rows, dtype=torch.float64)
+        # Groups of 1, 2, 4, ... draws: the sum of their log-mean weights, and the group that waits for its neighbour.
+        self.levels = samples.bit_length()
+        self.grouped = torch.zeros(self.levels, rows, dtype=torch.float64)
+        self.waiting: list[Tensor] = [self.tail] * self.levels
 
     def add(self, found: Terms, count: int) -> None:
         """Take in log-weights and the ELBO's integrand, the same but where classes are summed over."""
@@ -128,13 +144,21 @@ class _Running:
         self.top = top
         joined = torch.cat([self.tail, log_w])
         self.tail = joined.topk(min(self.kept, joined.shape[0]), dim=0).values
+        groups = log_w
+        for level in range(self.levels):
+            self.grouped[level] += groups.sum(0)
+            queue = torch.cat([self.waiting[level], groups])
+            pairs = len(queue) // 2
+            self.waiting[level] = queue[2 * pairs :]
+            groups = torch.logaddexp(queue[: 2 * pairs : 2], queue[1 : 2 * pairs : 2]) - math.log(2)
 
     def result(self) -> tuple[Tensor, ...]:
-        """Log p, its standard error, ESS, k-hat, ELBO."""
+        """Log p, its standard error, ESS, k-hat, ELBO, and the bound with 1, 2, 4, ... draws."""
         count = self.samples
         log_prob = self.top + self.first.log() - math.log(count)
         ess = self.first.square() / self.second
         # Var(mean w) / mean(w)^2, the delta method; one draw tells nothing of its spread.
         relative = (1 / ess - 1 / count) * count / (count - 1) if count > 1 else torch.full_like(ess, math.nan)
         k = pareto_k(self.tail[:-1], self.tail[-1])
-        return log_prob, relative.clamp(min=0).sqrt(), ess, k, self.integrand / count
+        counts = torch.tensor([count // 2**level for level in range(self.levels)]).unsqueeze(-1)
+        return log_prob, relative.clamp(min=0).sqrt(), ess, k, self.integrand / count, (self.grouped / counts).T

@@ -37,10 +37,15 @@ def check_inputs(owner: str, inputs: int, parents: tuple[Tensor, ...], remedy: s
 
 
 @torch.no_grad()
-def start(layer: nn.Module, parts: int = 1) -> None:
-    """Weights as in Glorot and Bengio (2010), biases zero; `parts` affine maps may lie in one layer, each its own."""
+def start(layer: nn.Module, *, gated: bool = False) -> None:
+    """Weights as in Glorot and Bengio (2010), those behind a gate as in He et al. (2015); biases zero.
+
+    A gate halves what it lets through, as a rectifier does: He's variance 2 / inputs makes up for it.
+    """
     if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-        for weight in layer.weight.chunk(parts):
-            nn.init.xavier_uniform_(weight)
+        if gated:
+            nn.init.kaiming_normal_(layer.weight)
+        else:
+            nn.init.xavier_uniform_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)

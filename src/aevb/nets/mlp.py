@@ -25,7 +25,7 @@ class MLP(nn.Module):
 
     Several parents are joined along their last axis: :math:`A_1 a = \sum_i A_{1i} a_i`, each product on its parent's
     own leading axes where they differ, so that data `(N, 784)` next to classes `(E, 1, 1, 10)` are multiplied once, not
-    E times. Weights start as in Glorot and Bengio (2010), biases at zero.
+    E times. Weights start as in Glorot and Bengio (2010), those of gated layers as in He et al. (2015), biases at zero.
 
     Args:
         inputs: Sum of the parents' dimensions.
@@ -75,7 +75,7 @@ class MLP(nn.Module):
             layers += [_Skip(*block)] if residual and depth > 0 and fan_in == fan_out else block
         self.layers = nn.Sequential(*layers, nn.Linear([inputs, *hidden][-1], outputs))
         for module in self.layers.modules():
-            start(module, parts=2 if gated and module is not self.last else 1)
+            start(module, gated=gated and module is not self.last)
 
     def forward(self, *parents: Tensor) -> Tensor:
         """Parents `(*, D_i)` to `(*, outputs)`."""
