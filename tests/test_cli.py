@@ -98,7 +98,7 @@ def test_help_lists_the_verbs_and_every_configuration_field() -> None:
     from aevb import ModelConfig, TrainConfig
 
     listed = succeed("--help")
-    for verb in ("train", "evaluate", "sample", "encode", "score", "report", "check"):
+    for verb in ("train", "evaluate", "compare", "sample", "encode", "score", "report", "check"):
         assert verb in listed
     flags = succeed("train", "--help")
     for field in (*fields(ModelConfig), *fields(TrainConfig)):
@@ -123,6 +123,49 @@ def test_json_carries_the_same_figures(digits) -> None:
     assert told == again
     assert told["rows"] == 297
     assert told["gap"] == pytest.approx(told["log_prob"] - told["elbo"])
+
+
+def test_compare_is_paired_on_the_same_rows(digits, tmp_path) -> None:
+    """The figures are those of the evaluations, row by row; the ranks and the verdict follow from the interval."""
+    longer = tmp_path / "longer"
+    succeed("train", "digits", "--out", longer, *FAST[2:], "--steps", 300)
+    told = json.loads(succeed("compare", digits, longer, "--samples", 100, "--json"))
+    rows = [np.load(run / "evaluation.npy") for run in (digits, longer)]
+    stored = [json.loads((run / "evaluation.json").read_text()) for run in (digits, longer)]
+    assert told["mean"] == pytest.approx([s["log_prob"] for s in stored])
+    assert told["difference"][1][0] == pytest.approx((rows[1] - rows[0]).mean())
+    assert told["difference_error"][1][0] == pytest.approx((rows[1] - rows[0]).std(ddof=1) / np.sqrt(297))
+    assert told["low"][1][0] > 0
+    assert [run["ranks"] for run in told["runs"]] == [[2, 2], [1, 1]]
+    printed = succeed("compare", digits, longer, "--samples", 100)
+    assert printed.splitlines()[-1] == told["verdict"]
+    assert "verdict: longer is better than run, by " in told["verdict"]
+    assert f"{told['difference'][0][1]:+.3f} ± {told['difference_error'][0][1]:.3f}" in printed
+    # The evaluations that the runs hold are used again: here one that was tampered with, mean and rows alike.
+    np.save(longer / "evaluation.npy", rows[1] - 1.0)
+    (longer / "evaluation.json").write_text(json.dumps(stored[1] | {"log_prob": float((rows[1] - 1.0).mean())}))
+    again = json.loads(succeed("compare", digits, longer, "--samples", 100, "--json"))
+    assert again["mean"][1] == pytest.approx(told["mean"][1] - 1)
+    other = json.loads(succeed("compare", digits, longer, "--samples", 101, "--json"))
+    assert other["mean"][1] == pytest.approx(told["mean"][1], abs=0.3)
+
+
+def test_runs_that_cannot_be_compared(digits, table, tmp_path) -> None:
+    assert "two runs or more" in refuse("compare", digits)
+    assert "a folder twice" in refuse("compare", digits, digits)
+    people = tmp_path / "people"
+    succeed("train", table, "--out", people, *FAST)
+    assert "`run` and `people` differ in their data" in refuse("compare", digits, people)
+    other_rows = tmp_path / "other_rows"
+    succeed("train", table, "--out", other_rows, *FAST, "--seed", 1)
+    assert "would be judged on different rows" in refuse("compare", people, other_rows)
+    counted = tmp_path / "counted"
+    whole = tmp_path / "whole.csv"
+    pl.DataFrame({"a": [0, 1, 2, 3] * 10, "b": [5, 0, 1, 1] * 10}).write_csv(whole)
+    succeed("train", whole, "--out", counted, *FAST, "--likelihood", "poisson")
+    measured = tmp_path / "measured"
+    succeed("train", whole, "--out", measured, *FAST, "--likelihood", "normal")
+    assert "one is a density, the other a probability" in refuse("compare", counted, measured)
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])

@@ -29,7 +29,7 @@ LAYERS = [
     {"training"},
     {"data"},
     {"apps.summary", "apps.progress"},
-    {"apps.check", "apps.report"},
+    {"apps.check", "apps.report", "apps.runs", "apps.versus"},
     {"apps.cli"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

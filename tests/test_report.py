@@ -130,10 +130,10 @@ def test_styles_and_pictures_fetch_nothing(page):
 
 
 def test_each_picture_says_what_it_shows(page):
-    assert len(page.images) == 8
+    assert len(page.images) == 9
     assert all(len(image["alt"]) > 20 for image in page.images)
-    assert len({image["alt"] for image in page.images}) == 8
-    assert sum(tag == "figcaption" for tag, _ in page.tags) == 8
+    assert len({image["alt"] for image in page.images}) == 9
+    assert sum(tag == "figcaption" for tag, _ in page.tags) == 9
 
 
 def test_figures_are_those_of_the_summary(page, summary):

@@ -22,18 +22,28 @@ except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
 from aevb.apps.progress import rows_done, steps_done
-from aevb.config import InputError, Likelihood, ModelConfig, TrainConfig
+from aevb.apps.runs import (
+    EVALUATION,
+    data_of,
+    evaluate_run,
+    judged,
+    load_data,
+    model_config,
+    open_run,
+    rows_for_start,
+    rows_of_file,
+    test_rows,
+)
+from aevb.config import InputError, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from aevb.apps.summary import Summary
     from aevb.checkpoint import Run
     from aevb.data import Data
 
 __all__ = ["main"]
 
-_REPORT, _EVALUATION = "report.html", "evaluation.json"
+_REPORT = "report.html"
 _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 
@@ -41,7 +51,7 @@ _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 def main() -> None:
     """Run the command line; exits with 0, or non-zero after one clear message."""
     warnings.showwarning = lambda message, *_, **__: print(f"aevb: {message}", file=sys.stderr)
-    verbs = (train, evaluate, sample, encode, score, report, check)
+    verbs = (train, evaluate, compare, sample, encode, score, report, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {verb.__name__: verb for verb in verbs},
@@ -138,19 +148,19 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
 
     if out.exists():
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
-    data = _load(source)
-    model_config = _model_config(model, data)
+    data = load_data(source)
+    described = model_config(model, data)
     before = torch.get_default_dtype()
     try:
         # Values that float32 cannot tell apart, such as times in seconds, are read as float64 and modelled so.
         torch.set_default_dtype(torch.float64 if data.train.dtype == torch.float64 else before)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            vae = build_vae(model_config, _rows_for_start(data))
+            vae = build_vae(described, rows_for_start(data))
     finally:
         torch.set_default_dtype(before)
     describe = data.describe() | {"command": source, "objective": objective}
-    print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {model_config.likelihood}", flush=True)
+    print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
     with steps_done(config.steps) as progress:
         run = _fit(vae, data, config, objective, out, False, progress, describe)
     _tell_end(run)
@@ -159,14 +169,14 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
 def _go_on(folder: Path) -> None:
     import torch
 
-    run = _open(folder)
+    run = open_run(folder)
     so_far = run.resume["numbers"]
     if so_far["finished"] or so_far["step"] >= run.config.steps:
         raise InputError(
             f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
         )
     torch.set_num_threads(so_far["threads"])  # another number would round otherwise
-    data = _load_again(run, None)
+    data = data_of(run, None)
     with steps_done(run.config.steps, so_far["step"]) as progress:
         run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data)
     _tell_end(run)
@@ -221,10 +231,40 @@ def evaluate(
         data: Where the data are now, if they have moved since training.
         json: Print one JSON object and nothing else.
     """
-    found = _open(run)
-    summary = _evaluate(found, _load_again(found, data), samples, seed, quiet=json)
-    summary.save(run / _EVALUATION)
+    found = open_run(run)
+    summary, _ = evaluate_run(found, data_of(found, data), samples, seed, quiet=json)
     _print_summary(summary, json)
+
+
+def compare(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    samples: int = 5000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    json: bool = False,
+) -> None:
+    """Compare runs on the same test rows: paired differences of log p(x), ranks, and what may be said of them.
+
+    Args:
+        runs: Folders of two runs or more, trained on the same data.
+        samples: Importance samples a row; an evaluation with as many that a run holds is used again.
+        seed: Key of the draws.
+        confidence: Of all intervals together.
+        json: Print one JSON object and nothing else.
+    """
+    from aevb.apps.versus import Contestant, check_comparable, to_json, told
+    from aevb.evaluate import compare as paired
+
+    alike = len({run.name for run in runs}) < len(runs)
+    found = {str(run) if alike else run.name: open_run(run) for run in runs}
+    if len(found) < len(runs):
+        raise InputError("`runs` names a folder twice. Give each run once.")
+    data = {name: data_of(run, None) for name, run in found.items()}
+    check_comparable(found, {name: test_rows(run, data[name])[1] for name, run in found.items()})
+    each = {name: judged(run, data[name], samples, seed, quiet=json) for name, run in found.items()}
+    comparison = paired({name: rows for name, (_, rows) in each.items()}, confidence)
+    contestants = [Contestant(run=run, summary=each[name][0]) for name, run in found.items()]
+    print(dumps(to_json(contestants, comparison)) if json else "\n".join(told(contestants, comparison)))
 
 
 def _print_summary(summary: Summary, as_json: bool) -> None:
@@ -250,7 +290,7 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}. Give the number of rows to draw.")
     check_destination(out)
-    found = _open(run)
+    found = open_run(run)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x = found.vae.p.sample(n)["x"]
@@ -273,9 +313,9 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
     from aevb.data import check_destination, write_rows
 
     check_destination(out)
-    found = _open(run)
+    found = open_run(run)
     with evaluating(found.vae):
-        posterior = found.vae.posterior(prepare(found.vae, {"x": _read(found, data)}))
+        posterior = found.vae.posterior(prepare(found.vae, {"x": rows_of_file(found, data)}))
     parts, columns = [], []
     for node, d in posterior.items():
         for name, value in (("mean", d.mean), ("std", d.stddev)):
@@ -310,8 +350,8 @@ def score(
     from aevb.evaluate import log_marginal
 
     check_destination(out)
-    found = _open(run)
-    values = {"x": _read(found, data)}
+    found = open_run(run)
+    values = {"x": rows_of_file(found, data)}
     with rows_done("scoring", len(values["x"]), quiet=json) as progress:
         marginal = log_marginal(found.vae, values, samples, seed=seed, progress=progress)
     names = ("log_prob", "std_error", "ess", "pareto_k")
@@ -333,13 +373,12 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
     from aevb.apps.report import write_report
     from aevb.apps.summary import Summary, weights_of
 
-    found = _open(run)
-    source = _load_again(found, data)
-    summary = Summary.load(run / _EVALUATION) if (run / _EVALUATION).exists() else None
+    found = open_run(run)
+    source = data_of(found, data)
+    summary = Summary.load(run / EVALUATION) if (run / EVALUATION).exists() else None
     if summary is None or summary.weights != weights_of(found.vae) or samples not in (None, summary.samples):
-        summary = _evaluate(found, source, samples or 5000, 0, quiet=False)
-        summary.save(run / _EVALUATION)
-    _, rows, labels = _test_rows(found, source)
+        summary, _ = evaluate_run(found, source, samples or 5000, 0, quiet=False)
+    _, rows, labels = test_rows(found, source)
     write_report(
         found,
         summary,
@@ -369,112 +408,3 @@ def check(seed: int = 0, json: bool = False) -> None:
         print(table(results))
     if wrong := [result.quantity for result in results if not result.ok]:
         raise InputError(f"{len(wrong)} of {len(results)} known answers are off: {', '.join(wrong)}.")
-
-
-def _evaluate(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> Summary:
-    from aevb.apps.summary import summarize
-    from aevb.evaluate import log_marginal
-
-    split, rows, _ = _test_rows(run, data)
-    values = {"x": rows}
-    with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
-        marginal = log_marginal(run.vae, values, samples, seed=seed, progress=progress)
-    return summarize(run.vae, values, marginal, seed=seed, split=split, data=_pixels(run))
-
-
-def _pixels(run: Run) -> str:
-    """How grey values became black and white, where they did."""
-    return "" if run.data["binarize"] == "none" else f"binarised: {run.data['binarize']}"
-
-
-def _test_rows(run: Run, data: Data) -> tuple[str, Tensor, Tensor | None]:
-    """The rows to judge by: the data's own test rows, else those held out for validation."""
-    import torch
-
-    from aevb.training import split_rows
-
-    if data.test is not None:
-        return "test", data.test, data.test_labels
-    _, held_out = split_rows(len(data.train), run.config)
-    if not len(held_out):
-        raise InputError(
-            f"{data.name} has no test rows and none were held out. Train with --validation 0.1, or score a file of "
-            "new rows."
-        )
-    training = data.training()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
-        values = training["x"][held_out] if isinstance(training, dict) else training.take(held_out)["x"]
-    labels = None if data.train_labels is None else data.train_labels[held_out]
-    return "validation", values, labels
-
-
-def _open(folder: Path) -> Run:
-    from aevb.checkpoint import load
-
-    run = load(folder)
-    if "command" not in run.data:
-        raise InputError(
-            f"`{folder}` was not made by `aevb train`, so its data are not known here. Use the library on it."
-        )
-    return run
-
-
-def _load(source: dict[str, Any]) -> Data:
-    from aevb.data import load
-
-    name = source["source"]
-    return load(name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"])
-
-
-def _load_again(run: Run, moved: str | None) -> Data:
-    """The data a run was trained on, and nothing else."""
-    data = _load(run.data["command"] | ({"source": moved} if moved else {}))
-    if data.describe()["sha256"] != run.data["sha256"]:
-        raise InputError(
-            f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
-            "where it is now with --data."
-        )
-    return data
-
-
-def _read(run: Run, path: str) -> Tensor:
-    from aevb.data import read_rows
-
-    told, command = run.data, run.data["command"]
-    return read_rows(
-        path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
-        binarize=command["binarize"], seed=command["seed"],
-    )  # fmt: skip
-
-
-def _model_config(model: dict[str, Any], data: Data) -> ModelConfig:
-    """The flags, completed by what the data tell."""
-    given = dict(model)
-    if given["likelihood"] == "auto":
-        given["likelihood"] = _likelihood(data)
-    if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
-        given["total_count"] = data.total_count
-    if given["likelihood"] in ("normal", "student-t") and data.constant:
-        raise InputError(
-            f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
-            "normal or student-t likelihood would go to zero there. Leave them out with --drop-constant."
-        )
-    given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
-    return ModelConfig(features=data.features, **given)
-
-
-def _likelihood(data: Data) -> Likelihood:
-    """What fits the values: counts with a known limit, zeros and ones, or anything."""
-    if data.binarize != "none":
-        return "bernoulli"
-    if data.total_count is not None:
-        return "binomial"
-    known = data.train[~data.train.isnan()]
-    return "bernoulli" if bool(((known == 0) | (known == 1)).all()) else "normal"
-
-
-def _rows_for_start(data: Data) -> Tensor:
-    """Train rows whose mean the likelihood starts from; grey values have the mean of the pixels drawn from them."""
-    rows = data.train.float() if not data.train.is_floating_point() else data.train
-    return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows

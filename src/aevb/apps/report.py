@@ -123,7 +123,7 @@ def write_report(
     _check(test, labels, image_shape, columns)
     seen = _look(run.vae, test, labels, _TABLE_DRAWS if image_shape is None else _SAMPLES, seed)
     with style.context(["default", _STYLE]):
-        pictures = _curves(run) | _usage(summary, seen) | _map(seen)
+        pictures = _curves(run) | _rise(summary) | _usage(summary, seen) | _map(seen)
         pictures |= _columns(seen, columns) if image_shape is None else _images(seen, image_shape, maximum)
     source = importlib.resources.files("aevb.apps").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -273,6 +273,18 @@ def _curve(
     ends = "; ".join(f"{name} from {points[0][1]:.1f} to {points[-1][1]:.1f} nats" for name, points in lines.items())
     note = f"Early points outside the frame: {outside}." if outside else ""
     return _picture(figure, title, f"{title} against training steps: {ends}.", note)
+
+
+def _rise(summary: Summary) -> dict[str, Any]:
+    """The bound against the number of draws."""
+    if len(summary.curve) < 2:
+        return {"rise": None}
+    counts, bounds = np.array(summary.curve).T
+    figure, axes = _figure()
+    axes.plot(counts, bounds, ".-", color=_BLUE)
+    axes.set(xscale="log", xlabel="draws of z for each row", ylabel="nats per row")
+    told = f"The bound rises from {bounds[0]:.2f} nats with one draw to {bounds[-1]:.2f} with {int(counts[-1])}."
+    return {"rise": _picture(figure, "Bound by draws", told)}
 
 
 def _usage(summary: Summary, seen: _Seen) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class Summary:
     active: dict[str, list[int]]  # latent node to [active dimensions, dimensions]
     latent_spread: dict[str, list[float]]  # latent node to Var_x E_q[z | x] by dimension
     features: int
+    curve: list[list[float]]  # [K, bound with K draws], K rising to `samples`
     data: str = ""  # what the rows are, their binarisation included
     weights: str = ""  # fingerprint of the weights that were evaluated
 
@@ -66,8 +67,14 @@ class Summary:
             ("rows", f"{self.rows}" + (f" ({self.data})" if self.data else "")),
             ("ELBO", f"{self.elbo:.2f} nats"),
             ("gap log p(x) - ELBO", f"{self.gap:.2f} nats"),
+            *([("bound by draws", self._rise())] if len(self.curve) > 1 else []),
             ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
         ]
+
+    def _rise(self) -> str:
+        """The bound at 1, 16, 256, ... draws, and at all of them."""
+        shown = [point for point in self.curve[:-1] if math.log2(point[0]) % 4 == 0] + self.curve[-1:]
+        return ", ".join(f"{bound:.2f} ({int(count)})" for count, bound in shown) + " nats"
 
     @property
     def caveat(self) -> str:
@@ -133,6 +140,7 @@ def summarize(
         active={node: [sum(v > ACTIVE_ABOVE for v in dims), len(dims)] for node, dims in spread.items()},
         latent_spread=spread,
         features=sum(value[0].numel() for value in values.values()),
+        curve=[[count, float(bound.mean())] for count, bound in marginal.curve.items()],
         data=data,
         weights=weights_of(vae),
     )

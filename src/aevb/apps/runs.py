@@ -1,0 +1,173 @@
+"""A run and its data, as the verbs need them: opened, checked to belong together, judged on the rows to judge by.
+
+What a function needs is imported when it runs, so that `aevb --help` answers before torch could be loaded.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aevb.apps.progress import rows_done
+from aevb.config import InputError, Likelihood, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aevb.apps.summary import Summary
+    from aevb.checkpoint import Run
+    from aevb.data import Data
+
+__all__ = [
+    "EVALUATION",
+    "data_of",
+    "evaluate_run",
+    "judged",
+    "load_data",
+    "model_config",
+    "open_run",
+    "rows_for_start",
+    "rows_of_file",
+    "test_rows",
+]
+
+EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
+
+
+def evaluate_run(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> tuple[Summary, Tensor]:
+    """The evaluation of a run, which keeps it, and log p(x) of each row."""
+    import numpy as np
+
+    from aevb.apps.summary import summarize
+    from aevb.checkpoint import write_atomically
+    from aevb.evaluate import log_marginal
+
+    split, rows, _ = test_rows(run, data)
+    values = {"x": rows}
+    with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
+        marginal = log_marginal(run.vae, values, samples, seed=seed, progress=progress)
+    summary = summarize(run.vae, values, marginal, seed=seed, split=split, data=_pixels(run))
+    assert run.path is not None
+    np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
+    write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
+    summary.save(run.path / EVALUATION)
+    return summary, marginal.log_prob
+
+
+def judged(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> tuple[Summary, Tensor]:
+    """As `evaluate_run`; what the run holds already, if it is of these weights, samples and seed."""
+    import numpy as np
+    import torch
+
+    from aevb.apps.summary import Summary, weights_of
+
+    assert run.path is not None
+    if (run.path / EVALUATION).exists() and (run.path / _LOG_PROBS).exists():
+        summary = Summary.load(run.path / EVALUATION)
+        rows = torch.from_numpy(np.load(run.path / _LOG_PROBS, allow_pickle=False))
+        same = (summary.weights, summary.samples, summary.seed) == (weights_of(run.vae), samples, seed)
+        if same and float(rows.mean()) == summary.log_prob:
+            return summary, rows
+    return evaluate_run(run, data, samples, seed, quiet=quiet)
+
+
+def _pixels(run: Run) -> str:
+    """How grey values became black and white, where they did."""
+    return "" if run.data["binarize"] == "none" else f"binarised: {run.data['binarize']}"
+
+
+def test_rows(run: Run, data: Data) -> tuple[str, Tensor, Tensor | None]:
+    """The rows to judge by: the data's own test rows, else those held out for validation."""
+    import torch
+
+    from aevb.training import split_rows
+
+    if data.test is not None:
+        return "test", data.test, data.test_labels
+    _, held_out = split_rows(len(data.train), run.config)
+    if not len(held_out):
+        raise InputError(
+            f"{data.name} has no test rows and none were held out. Train with --validation 0.1, or score a file of "
+            "new rows."
+        )
+    training = data.training()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
+        values = training["x"][held_out] if isinstance(training, dict) else training.take(held_out)["x"]
+    labels = None if data.train_labels is None else data.train_labels[held_out]
+    return "validation", values, labels
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder, if `aevb train` made it."""
+    from aevb.checkpoint import load
+
+    run = load(folder)
+    if "command" not in run.data:
+        raise InputError(
+            f"`{folder}` was not made by `aevb train`, so its data are not known here. Use the library on it."
+        )
+    return run
+
+
+def load_data(source: dict[str, Any]) -> Data:
+    """The data that a run's command names."""
+    from aevb.data import load
+
+    name = source["source"]
+    return load(name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"])
+
+
+def data_of(run: Run, moved: str | None) -> Data:
+    """The data a run was trained on, and nothing else."""
+    data = load_data(run.data["command"] | ({"source": moved} if moved else {}))
+    if data.describe()["sha256"] != run.data["sha256"]:
+        raise InputError(
+            f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
+            "where it is now with --data."
+        )
+    return data
+
+
+def rows_of_file(run: Run, path: str) -> Tensor:
+    """Rows of a file in the columns of a run."""
+    from aevb.data import read_rows
+
+    told, command = run.data, run.data["command"]
+    return read_rows(
+        path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
+        binarize=command["binarize"], seed=command["seed"],
+    )  # fmt: skip
+
+
+def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
+    """The flags, completed by what the data tell."""
+    given = dict(model)
+    if given["likelihood"] == "auto":
+        given["likelihood"] = _likelihood(data)
+    if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
+        given["total_count"] = data.total_count
+    if given["likelihood"] in ("normal", "student-t") and data.constant:
+        raise InputError(
+            f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
+            "normal or student-t likelihood would go to zero there. Leave them out with --drop-constant."
+        )
+    given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
+    return ModelConfig(features=data.features, **given)
+
+
+def _likelihood(data: Data) -> Likelihood:
+    """What fits the values: counts with a known limit, zeros and ones, or anything."""
+    if data.binarize != "none":
+        return "bernoulli"
+    if data.total_count is not None:
+        return "binomial"
+    known = data.train[~data.train.isnan()]
+    return "bernoulli" if bool(((known == 0) | (known == 1)).all()) else "normal"
+
+
+def rows_for_start(data: Data) -> Tensor:
+    """Train rows whose mean the likelihood starts from; grey values have the mean of the pixels drawn from them."""
+    rows = data.train.float() if not data.train.is_floating_point() else data.train
+    return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows
