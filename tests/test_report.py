@@ -325,3 +325,17 @@ def test_many_rows_are_thinned_evenly(tmp_path, monkeypatch):
     x = table()
     page = report(tmp_path / "report.html", trained(ModelConfig(features=4, latents=2, hidden=(8,)), x), x)
     assert "Drawn are 20 of 60 rows" in page.words
+
+
+def test_rows_without_a_chance_are_named_and_not_averaged():
+    """A decoder that is sure of the wrong value: log p(x) = -inf in every draw."""
+    net = aevb.MLP(1, [], 2)
+    with torch.no_grad():
+        net.last.weight.zero_()
+        net.last.bias.fill_(3e38)  # two of them overflow
+    vae = aevb.VAE(
+        aevb.BayesNet({"z": aevb.StandardNormal(1), "x | z": aevb.Bernoulli(net)}),
+        aevb.BayesNet({"z | x": aevb.DiagonalNormal(aevb.MLP(2, [], 2))}),
+    )
+    with pytest.raises(aevb.InputError, match="-inf for 2 of 3 rows, the first of them 0, 2"):
+        evaluated(vae, torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]))
