@@ -129,9 +129,9 @@ def summarize(
     if bool((lost := marginal.log_prob.isinf()).any()):
         named = ", ".join(str(int(i)) for i in lost.nonzero()[:10, 0])
         raise InputError(
-            f"log p(x) is -inf for {int(lost.sum())} of {rows} rows, the first of them {named}: at every draw the model "
-            "gives them no chance at all, and no mean can be told. Look at those rows and at the likelihood's support, "
-            "or draw more samples."
+            f"log p(x) is -inf for {int(lost.sum())} of {rows} rows, the first of them {named}: at every draw the "
+            "model gives them no chance at all, and no mean can be told. Look at those rows and at the likelihood's "
+            "support, or draw more samples."
         )
     spread = {node: variance.flatten().tolist() for node, variance in active_units(vae, values).items()}
     return Summary(
