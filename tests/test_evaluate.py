@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import aevb
 from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
+from aevb._compiler import can_compile
 from aevb.evaluate import pareto_k
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -109,6 +111,17 @@ def test_figures_depend_on_neither_company_nor_packs(name):
         assert_same(aevb.log_marginal(vae, {"x": x}, 700, pack=pack), whole, slice(None))
     for rows in ([3], [4, 0], [5, 4, 3, 2, 1, 0], [2, 2]):
         assert_same(aevb.log_marginal(vae, {"x": x[rows]}, 700), whole, rows)
+
+
+@pytest.mark.parametrize(("samples", "pack"), [(700, 256), (40, 4096)])
+def test_compiled_figures_are_those_of_eager(samples, pack, monkeypatch):
+    """Packs that are cut, rows beside each other, a model of two latents; where there is no compiler, its graph."""
+    if can_compile() is not None:
+        monkeypatch.setattr("aevb.evaluate.marginal.can_compile", lambda: None)
+        monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend="aot_eager"))
+    vae, x = ladder(), binary(40)
+    eager = aevb.log_marginal(vae, {"x": x}, samples, pack=pack)
+    assert_same(aevb.log_marginal(vae, {"x": x}, samples, pack=pack, compile=True), eager, slice(None))
 
 
 @pytest.mark.parametrize("name", MODELS)

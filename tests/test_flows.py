@@ -16,6 +16,7 @@ import torch.distributions as td
 from torch import Tensor, nn
 
 from aevb import MLP, VAE, BayesNet, InputError, Normal, elbo
+from aevb._compiler import can_compile
 from aevb.distributions import draw, rsample_and_log_prob
 from aevb.flows import (
     FlowPrior,
@@ -25,7 +26,6 @@ from aevb.flows import (
     SylvesterFlow,
     TransformedNormal,
 )
-from aevb.training.step import can_compile
 
 pytestmark = pytest.mark.usefixtures("double")
 

@@ -18,7 +18,7 @@ SOURCE = Path(aevb.__file__).parent
 # A module imports what stands to its left, never to its right; those in one set do not import one another.
 LAYERS = [
     {"config"},
-    {"_shapes"},
+    {"_compiler", "_shapes"},
     {"nets", "distributions"},
     {"conditionals"},
     {"flows"},

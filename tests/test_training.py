@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 import aevb
 from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
+from aevb._compiler import can_compile
 from aevb.training import OBJECTIVES
 from aevb.training.loop import _Trainer
-from aevb.training.step import can_compile
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
 

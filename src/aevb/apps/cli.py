@@ -220,6 +220,7 @@ def evaluate(
     samples: int = 5000,
     seed: int = 0,
     data: str | None = None,
+    compile: bool = False,
     json: bool = False,
 ) -> None:
     """Estimate log p(x) on the test rows of a run's data, with its errors.
@@ -229,10 +230,11 @@ def evaluate(
         samples: Importance samples a row.
         seed: Key of the draws.
         data: Where the data are now, if they have moved since training.
+        compile: Compile the pass over both networks first: a minute, worth it from some ten million draws on.
         json: Print one JSON object and nothing else.
     """
     found = open_run(run)
-    summary, _ = evaluate_run(found, data_of(found, data), samples, seed, quiet=json)
+    summary, _ = evaluate_run(found, data_of(found, data), samples, seed, quiet=json, compile=compile)
     _print_summary(summary, json)
 
 

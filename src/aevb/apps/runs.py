@@ -35,7 +35,9 @@ __all__ = [
 EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
 
 
-def evaluate_run(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> tuple[Summary, Tensor]:
+def evaluate_run(
+    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False
+) -> tuple[Summary, Tensor]:
     """The evaluation of a run, which keeps it, and log p(x) of each row."""
     import numpy as np
 
@@ -46,7 +48,7 @@ def evaluate_run(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) 
     split, rows, _ = test_rows(run, data)
     values = {"x": rows}
     with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
-        marginal = log_marginal(run.vae, values, samples, seed=seed, progress=progress)
+        marginal = log_marginal(run.vae, values, samples, seed=seed, compile=compile, progress=progress)
     summary = summarize(run.vae, values, marginal, seed=seed, split=split, data=_pixels(run))
     assert run.path is not None
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)

@@ -69,8 +69,9 @@ def impute(
     cast = prepare(vae, values)
     nodes = holes_in(cast)
     columns = stream(
-        vae, cast, samples, lambda given, noise: _Imputing(vae, given, nodes, draws, noise), seed=seed, pack=pack
-    )
+        vae, cast, samples, lambda given, noise: _Imputing(vae, given, nodes, draws, noise),
+        look=lambda given, count, made: made.terms(vae, given, count), seed=seed, pack=pack,
+    )  # fmt: skip
     found = dict(zip(("ess", *(f"{kind} {node}" for node in nodes for kind in _KINDS)), columns, strict=True))
     mean, std, drawn = ({node: found[f"{kind} {node}"] for node in nodes} for kind in _KINDS)
     return Imputation(

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, final
+from typing import Any, Literal, Protocol, final
 
 import torch
 import torch.distributions as td
@@ -21,18 +21,37 @@ from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import Terms, draw_latents, evaluating, holes_in, prepare, refuse_shared, terms
 from aevb.config import InputError
+from aevb.distributions import Noise
 
-__all__ = ["BLOCK", "Keyed", "Reducer", "stream"]
+__all__ = ["BLOCK", "Keyed", "Pass", "Reducer", "stream"]
 
 BLOCK = 256
 """Draws that share one key: a row's noise is drawn by whole blocks, so that it does not depend on the packs."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """How one pack of draws is made."""
+
+    holes: tuple[str, ...]
+    noise: Callable[[str], Noise]
+    encoded: dict[str, td.Distribution]
+    discrete: Literal["sum", "sample"]
+    alone: bool  # some noise is not known to be normal
+
+    def terms(self, vae: VAE, values: Values, count: int) -> Terms:
+        """Both networks at the draws, every density sampled."""
+        return terms(
+            vae, values, count, kl="sampled", holes=self.holes, noise=self.noise, encoded=self.encoded,
+            discrete=self.discrete,
+        )  # fmt: skip
+
+
 class Reducer(Protocol):
     """Takes in the packs of some rows, one after another, and tells what came of them."""
 
-    def add(self, found: Terms, count: int) -> None:
-        """Take in one pack of `count` draws; every density is sampled, `(E..., K, N)`."""
+    def add(self, found: Any, count: int) -> None:
+        """Take in what `look` found at one pack of `count` draws."""
         ...
 
     def result(self) -> tuple[Tensor, ...]:
@@ -46,6 +65,7 @@ def stream(
     samples: int,
     reducer: Callable[[Values, Callable[[int], Keyed]], Reducer],
     *,
+    look: Callable[[Values, int, Pass], Any],
     seed: int,
     pack: int,
     discrete: Literal["sum", "sample"] = "sum",
@@ -59,6 +79,7 @@ def stream(
         samples: Draws L per datum.
         reducer: Makes a reducer for some rows: their values, and noise of its own keyed as theirs (given the index of
             the first draw).
+        look: What is taken from one pack: called with the rows' values, the number of draws, and how they are made.
         seed: Key of the draws.
         pack: Most draws, times states of classes, held in memory at once, by blocks of 256 draws.
         discrete: "sum" over the states of latent classes and binary vectors, or "sample" them.
@@ -90,10 +111,8 @@ def stream(
                 for first in range(0, samples, step):
                     count = min(step, samples - first)
                     noise = functools.partial(Keyed, keys, first // BLOCK)
-                    found = terms(
-                        vae, given, count, kl="sampled", holes=holes, noise=noise, encoded=encoded, discrete=discrete
-                    )
-                    running.add(found, count)
+                    made = Pass(holes=holes, noise=noise, encoded=encoded, discrete=discrete, alone=alone)
+                    running.add(look(given, count, made), count)
             except _NotNormal:
                 widest, alone = 1, True
                 continue

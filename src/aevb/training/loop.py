@@ -20,13 +20,14 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from aevb._compiler import can_compile
 from aevb._shapes import rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, load, load_weights, save
 from aevb.config import Discrete, InputError, TrainConfig
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
-from aevb.training.step import OBJECTIVES, Objective, Step, can_compile, check_memory
+from aevb.training.step import OBJECTIVES, Objective, Step, check_memory
 from aevb.training.updates import OptimizerState, update_eagerly
 
 __all__ = ["OBJECTIVES", "Dataset", "fit", "split_rows"]

@@ -29,7 +29,7 @@ from aevb.bounds import (
 from aevb.config import InputError, TrainConfig
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
-__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "can_compile", "check_memory"]
+__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "check_memory"]
 
 _log = logging.getLogger("aevb")
 
@@ -262,17 +262,6 @@ class Step:
 def _plain(config: TrainConfig) -> TrainConfig:
     """As `config`, with nothing in it that makes the objective differ from the bound."""
     return dataclasses.replace(config, beta=1.0, tc_weight=1.0, free_bits=0.0, free_bits_groups=0)
-
-
-def can_compile() -> str | None:
-    """None if this machine can compile a step, else why not."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, RuntimeError):
-        return "no C++ compiler was found"
-    return None
 
 
 def check_memory(vae: nn.Module, draws: int) -> None:
