@@ -18,8 +18,9 @@ demo: $(READY)
 	$(BIN)/aevb evaluate $$run && \
 	$(BIN)/aevb report $$run
 
+# A process for each core; within each, one thread.
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8
 
 # Warnings are errors; nothing is fetched while it builds.
 docs: export OMP_NUM_THREADS = 1

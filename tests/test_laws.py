@@ -6,6 +6,7 @@ Monte Carlo comparisons allow four standard errors, told beside each; all others
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -506,11 +507,43 @@ def test_mean_and_variance_are_those_of_scipy(name):
     np.testing.assert_allclose(variance, expected, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_at_large_logits(dtype):
+    """To the rounding of the larger term, in value and gradient; also where torch's softplus is cut off."""
+    size = torch.tensor([0.0, 1e-4, 1.0, 19.9, 20.1, 30.0, 39.9, 40.1, 90.0, 800.0, 1e5], dtype=dtype)
+    logits = torch.cat([size, -size]).requires_grad_()
+    for x in (0.0, 1.0):
+        found = distributions.Bernoulli(logits=logits).log_prob(torch.full_like(logits, x))
+        wide = logits.detach().numpy().astype(np.longdouble)
+        expected = -np.logaddexp(0, (1 - 2 * np.longdouble(x)) * wide)
+        eps = torch.finfo(dtype).eps
+        assert (np.abs(found.detach().numpy() - expected) <= 2 * eps * np.maximum(np.abs(wide), 1)).all()
+        (slope,) = torch.autograd.grad(found.sum(), logits)
+        torch.testing.assert_close(slope, x - logits.detach().sigmoid(), rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dims", [1, 7, 12, 784])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bernoulli_by_rows_is_the_sum_over_entries(dims, dtype):
+    """Also at logits whose exponentials overflow, with axes in front of either; a net's NaN stays one."""
+    logits = torch.randn(3, 1, dims, dtype=dtype) * torch.tensor([0.1, 5.0, 1e3], dtype=dtype).reshape(3, 1, 1)
+    x = (torch.rand(2, dims) < 0.5).to(dtype)
+    d = td.Independent(distributions.Bernoulli(logits=logits, validate_args=False), 1)
+    with torch.no_grad():
+        found = log_prob(d, x)
+        expected = td.Independent(distributions.Bernoulli(logits=logits.double()), 1).log_prob(x.double())
+        # A rounding for each entry, of a factor in [1, 2] and of a sum of terms as large as the logits.
+        bound = 4 * torch.finfo(dtype).eps * (dims + logits.double().abs().sum(-1))
+        assert ((found - expected).abs() <= bound).all()
+        broken = distributions.Bernoulli(logits=logits * torch.nan, validate_args=False)
+        assert log_prob(td.Independent(broken, 1, validate_args=False), x).isnan().all()
+
+
 def test_missing_entries_with_draws_in_front():
     """Values `(N, D)` with holes under parameters `(K, N, D)`."""
     built = build("Bernoulli")
     logits = torch.randn(5, ROWS, D)
-    d = td.Independent(td.Bernoulli(logits=logits), 1)
+    d = td.Independent(distributions.Bernoulli(logits=logits), 1)
     x = values_of(built, 1)[0]
     known = torch.tensor([[True, False], [False, False], [True, True]])
     found = log_prob(d, torch.where(known, x, torch.nan), known)
@@ -601,15 +634,16 @@ def full_normal() -> td.Distribution:
     return td.MultivariateNormal(torch.randn(ROWS, D), scale_tril=factor)
 
 
-def binary() -> td.Distribution:
-    return td.Independent(td.Bernoulli(logits=torch.randn(ROWS, D)), 1)
+def binary(family: type[td.Bernoulli]) -> td.Distribution:
+    return td.Independent(family(logits=torch.randn(ROWS, D)), 1)
 
 
 FAMILIES: dict[type, Callable[[], td.Distribution]] = {
     td.Normal: factorized_normal,
     td.MultivariateNormal: full_normal,
     OneHot: lambda: OneHot(torch.randn(ROWS, D)),
-    td.Bernoulli: binary,
+    distributions.Bernoulli: functools.partial(binary, distributions.Bernoulli),
+    td.Bernoulli: functools.partial(binary, td.Bernoulli),
 }
 PAIRS = [pytest.param(pair, id=f"{pair[0].__name__}, {pair[1].__name__}") for pair in CLOSED_KL]
 

@@ -387,6 +387,19 @@ def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) ->
     torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)
 
 
+def test_models_of_one_process_do_not_share_a_limit(caplog) -> None:
+    """torch allows a function eight compiled versions, and models of other sizes are others."""
+    import torch._dynamo
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for features in (5, 6):
+            vae, x = _model(features), {"x": _rows(features=features)}
+            aevb.fit(vae, x, TrainConfig(steps=3, compile=True, validation=0.0))
+            aevb.log_marginal(vae, x, 600, pack=256, compile=True)
+    reason = can_compile()
+    assert ("eagerly" in caplog.text) == (reason is not None)
+
+
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -> None:
     monkeypatch.setattr("aevb.training.loop.can_compile", lambda: "no C++ compiler was found")
     run = aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=5, compile=True))

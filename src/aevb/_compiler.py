@@ -1,8 +1,17 @@
-"""Whether this machine can compile: torch's inductor needs a C++ compiler."""
+"""How functions are compiled, and whether this machine can: torch's inductor needs a C++ compiler."""
 
 from __future__ import annotations
 
-__all__ = ["can_compile"]
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["can_compile", "compiled"]
+
+_VERSIONS = 256
+"""Compiled versions of one function that a process keeps, one for each kind of model: torch's own limit is 8, and the
+next model would end in an error. As many as its limit for all functions together."""
 
 
 def can_compile() -> str | None:
@@ -14,3 +23,11 @@ def can_compile() -> str | None:
     except (exc.InvalidCxxCompiler, RuntimeError):
         return "no C++ compiler was found"
     return None
+
+
+def compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
+    """One graph of a function, made at its first call, for inputs of one size; `options` are inductor's."""
+    graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
+        function, fullgraph=True, dynamic=False, options=options or None, recompile_limit=_VERSIONS
+    )
+    return graph

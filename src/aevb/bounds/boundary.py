@@ -17,12 +17,16 @@ from aevb.distributions import check_factorizes, count_states, draw, support_vio
 __all__ = ["evaluating", "holes_in", "keeping_buffers", "prepare"]
 
 
+_ROWS = 4096
+"""Rows looked at together: what a look makes of them is as large as they are, and data may fill half of the memory."""
+
+
 def holes_in(values: Values) -> tuple[str, ...]:
     """Names whose values hold NaN; while a graph is traced, where no value can be read, every name that could."""
     floats = [name for name, value in values.items() if value.is_floating_point()]
     if torch.compiler.is_compiling():
         return tuple(floats)
-    return tuple(name for name in floats if bool(values[name].isnan().any()))
+    return tuple(name for name in floats if any(bool(part.isnan().any()) for part in values[name].split(_ROWS)))
 
 
 def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
@@ -54,7 +58,7 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
     if not any(name in vae.p.nodes for name in cast):
         raise InputError(f"`values` gives no node of p, which has {', '.join(vae.p.nodes)}. Give at least one.")
     for name, value in cast.items():
-        if bool(value.isinf().any()):
+        if any(bool(part.isinf().any()) for part in value.split(_ROWS)):
             at = tuple(int(i) for i in value.isinf().nonzero()[0])
             raise InputError(
                 f"`{name}` is infinite at {at}; values must be finite, or NaN for missing. Clean that entry."
@@ -150,8 +154,11 @@ def keeping_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def _refuse(node: str, value: Tensor, d: td.Distribution) -> None:
-    at = support_violation(d, value)
-    if at is None:
+    for first, part in zip(range(0, len(value), _ROWS), value.split(_ROWS), strict=True):
+        if (found := support_violation(d, part)) is not None:
+            at = (first + found[0], *found[1:])
+            break
+    else:
         return
     base = d.base_dist if isinstance(d, td.Independent) else d
     family, came = type(base).__name__, value[at].tolist() if len(at) == value.ndim else value[at[0]].tolist()

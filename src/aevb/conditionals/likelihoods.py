@@ -148,7 +148,7 @@ class Bernoulli(nn.Module):
 
     def forward(self, *parents: Tensor) -> td.Distribution:
         """Parents, `(*, D_i)` each."""
-        return independent(td.Bernoulli(logits=self.net(*parents), validate_args=False))
+        return independent(distributions.Bernoulli(logits=self.net(*parents), validate_args=False))
 
 
 @final

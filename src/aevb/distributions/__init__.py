@@ -3,6 +3,7 @@
 from aevb.distributions.density import base_of, check_factorizes, log_prob, support_violation
 from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
+    Bernoulli,
     BetaBinomial,
     Binomial,
     DiscretizedLogistic,
@@ -17,6 +18,7 @@ from aevb.distributions.mixtures import NormalMixture
 
 __all__ = [
     "CLOSED_KL",
+    "Bernoulli",
     "BetaBinomial",
     "Binomial",
     "Delta",

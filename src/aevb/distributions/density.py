@@ -7,6 +7,7 @@ import torch.distributions as td
 from torch import Tensor
 
 from aevb.config import InputError
+from aevb.distributions.families import Bernoulli
 
 __all__ = ["base_of", "check_factorizes", "log_prob", "support_violation"]
 
@@ -33,9 +34,11 @@ def log_prob(d: td.Distribution, value: Tensor, known: Tensor | None = None) -> 
     A joint density that does not factorize takes rows that are known or missing throughout; `check_factorizes` refuses
     others at the boundary, where values can be read.
     """
-    if known is None:
-        return d.log_prob(value)
     base = base_of(d)
+    if known is None:
+        if isinstance(base, Bernoulli) and len(d.event_shape) == 1 and not torch.is_grad_enabled():
+            return base.log_prob_of_rows(value)
+        return d.log_prob(value)
     axes = tuple(range(-len(d.event_shape), 0))
     # The density never sees the NaN: where() after log_prob would keep it out of the value but not of the gradient.
     if base is d and d.event_shape:  # a row is known or missing throughout, or the boundary refused it

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aevb.distributions.density import base_of
+from aevb.distributions.families import Bernoulli
 from aevb.distributions.finite import OneHot
 
 __all__ = ["CLOSED_KL", "closed_kl"]
@@ -60,7 +61,8 @@ CLOSED_KL: dict[tuple[type, type], Callable[[td.Distribution, td.Distribution], 
     (td.Normal, td.Normal): _kl_normal_normal,
     (td.MultivariateNormal, td.Normal): _kl_full_normal,
     (OneHot, OneHot): _kl_one_hot,
-    (td.Bernoulli, td.Bernoulli): _kl_bernoulli,
+    (Bernoulli, Bernoulli): _kl_bernoulli,
+    (td.Bernoulli, td.Bernoulli): _kl_bernoulli,  # of a conditional of one's own
 }
 """(family of q, family of p) to KL(q || p) by groups of dimensions, `(*, G)`, G = D, or 1 for classes."""
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from aevb._compiler import can_compile
+from aevb._compiler import can_compile, compiled
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.config import InputError
@@ -144,7 +144,7 @@ class _Compiled:
         whole = -(-count // BLOCK) * BLOCK
         if self.graph is None:
             self.size = whole, rows
-            self.graph = torch.compile(self._look(made), fullgraph=True, dynamic=False)
+            self.graph = compiled(self._look(made))
         if whole > self.size[0] or rows != self.size[1]:
             return _weights(self.vae, values, count, made)
         noise = {
@@ -233,6 +233,8 @@ class _Running:
         self.tail = joined.topk(min(self.kept, joined.shape[0]), dim=0).values
         groups = log_w
         for level in range(self.levels):
+            if not len(groups):
+                break
             self.grouped[level] += groups.sum(0)
             queue = torch.cat([self.waiting[level], groups])
             pairs = len(queue) // 2

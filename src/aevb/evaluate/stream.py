@@ -17,13 +17,14 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from aevb._heap import keep_pages
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import Terms, draw_latents, evaluating, holes_in, prepare, refuse_shared, terms
 from aevb.config import InputError
 from aevb.distributions import Noise
 
-__all__ = ["BLOCK", "Keyed", "Pass", "Reducer", "stream"]
+__all__ = ["BLOCK", "Keyed", "Pass", "Reducer", "digest_of", "stream"]
 
 BLOCK = 256
 """Draws that share one key: a row's noise is drawn by whole blocks, so that it does not depend on the packs."""
@@ -92,16 +93,21 @@ def stream(
         raise InputError(f"`samples` and `pack` must be at least 1; got {samples} and {pack}.")
     refuse_shared(vae)
     values = prepare(vae, values)
+    keep_pages()
     holes, rows = holes_in(values), rows_of(values)
-    digests = [_digest(values, row) for row in range(rows)]
-    results: list[tuple[Tensor, ...]] = []
+    digests = [digest_of(values, row) for row in range(rows)]
+    columns: tuple[Tensor, ...] = ()
     encoded: dict[str, td.Distribution] = {}
     pack = max(1, pack // _states(vae, {name: value[:1] for name, value in values.items()}, discrete, encoded))
-    draws = max(BLOCK, pack // BLOCK * BLOCK)  # of one row in a pack: whole blocks
+    # Draws of one row in a pack: whole blocks, and so many that the last pack is full or nearly so, since a compiled
+    # pass makes every pack a full one.
+    blocks = math.ceil(samples / BLOCK)
+    most = min(blocks, max(1, pack // BLOCK))
+    draws = min(range(most, most // 2, -1), key=lambda size: -blocks % size) * BLOCK
     with evaluating(vae):
         # The first row goes alone: it tells whether draws can be keyed for many rows and blocks together.
         start, width = 0, 1
-        widest, alone = max(1, pack // min(max(samples, BLOCK), draws)), False
+        widest, alone = max(1, pack // draws), False
         while start < rows:
             chunk = slice(start, min(start + width, rows))
             given = {name: value[chunk] for name, value in values.items()}
@@ -116,11 +122,14 @@ def stream(
             except _NotNormal:
                 widest, alone = 1, True
                 continue
-            results.append(running.result())
+            found = running.result()
+            columns = columns or tuple(part.new_empty(rows, *part.shape[1:]) for part in found)
+            for column, part in zip(columns, found, strict=True):
+                column[chunk] = part
             if progress is not None:
                 progress(chunk.stop - chunk.start)
             start, width, encoded = chunk.stop, widest, {}
-    return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+    return columns
 
 
 def _states(vae: VAE, row: Values, discrete: Literal["sum", "sample"], encoded: dict[str, td.Distribution]) -> int:
@@ -187,7 +196,8 @@ def _own(keys: _Keys, first: int) -> Keyed:
     return Keyed(keys, first // BLOCK, "|")
 
 
-def _digest(values: Values, row: int) -> bytes:
+def digest_of(values: Values, row: int) -> bytes:
+    """Fingerprint of a row's content."""
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(values):
         digest.update(name.encode())

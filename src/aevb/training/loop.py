@@ -279,7 +279,7 @@ class _Trainer:
                 _log.warning("Training runs eagerly, not compiled: %s.", reason)
             yield self.inner
             return
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
         rate, weight = torch.zeros((), device=self.reference.device), torch.zeros((), device=self.reference.device)
         with self.inner.compiling() as graph:
@@ -293,8 +293,8 @@ class _Trainer:
                     try:
                         graph(values, rate, weight)
                         return
-                    except TorchDynamoException as error:  # raised before anything of the graph has run
-                        compiled = False
+                    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                        compiled = False  # raised before anything of the graph has run
                         self.inner.update = update_eagerly
                         _log.warning("Training runs eagerly, not compiled: %s.", str(error).strip().splitlines()[0])
                 self.inner(values, rate_now, weight_now)

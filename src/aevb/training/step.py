@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aevb._compiler import compiled
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import (
@@ -255,7 +256,7 @@ class Step:
         self.update = update_traced
         # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
         with torch._dynamo.config.patch(trace_autograd_ops=True):
-            yield torch.compile(self.__call__, fullgraph=True, dynamic=False, options={"fallback_random": True})
+            yield compiled(self.__call__, fallback_random=True)
         self.update = update_eagerly
 
 
