@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import html
 import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -166,6 +169,75 @@ def test_runs_that_cannot_be_compared(digits, table, tmp_path) -> None:
     measured = tmp_path / "measured"
     succeed("train", whole, "--out", measured, *FAST, "--likelihood", "normal")
     assert "one is a density, the other a probability" in refuse("compare", counted, measured)
+
+
+@pytest.fixture
+def gaps(monkeypatch) -> None:
+    """In place of a computation of minutes: a record that is made of the rows alone."""
+
+    def inference_gaps(vae, values, *, samples, temperatures, seed, progress) -> types.SimpleNamespace:
+        rows = values["x"].double().sum(1)
+        progress(len(rows))
+        refined = {"own": rows + 2 + rows / 100, "full": rows + 3 + rows / 100, "flow": rows + 3.5 + rows / 90}
+        return types.SimpleNamespace(
+            log_prob=rows + 4 + rows / 80, elbo=rows, refined=refined, samples=samples, steps=temperatures,
+            source="annealing", amortization=refined["own"] - rows, approximation=rows + 4 + rows / 80 - refined["own"],
+            gain=lambda family: refined[family] - refined["own"],
+        )  # fmt: skip
+
+    monkeypatch.setitem(
+        sys.modules, "aevb.evaluate.gaps", types.SimpleNamespace(inference_gaps=inference_gaps, Gaps=object)
+    )
+
+
+ALSO = ["ais", "gaps", "information", "calibration", "checks"]
+FEW = ["--also-rows", 4, "--temperatures", 3]
+
+
+def test_diagnoses_say_the_same_in_terminal_json_and_report(digits, tmp_path, gaps, monkeypatch) -> None:
+    from aevb.apps import diagnoses
+
+    assert list(diagnoses.DIAGNOSES) == ALSO
+    assert "{" + ",".join(ALSO) + "}" in succeed("evaluate", "--help").replace("\n", "")
+    run = shutil.copytree(digits, tmp_path / "run")
+    told = json.loads(succeed("evaluate", run, "--samples", 40, "--also", *reversed(ALSO), *FEW, "--json"))
+    assert list(told["findings"]) == ALSO
+    stored = (run / "evaluation.json").read_text()
+    assert json.loads(stored) == told
+
+    # What is of these weights stays when the evaluation is made anew, and the report computes none of it again.
+    monkeypatch.setattr(diagnoses, "DIAGNOSES", {})
+    printed = succeed("evaluate", run, "--samples", 40)
+    assert (run / "evaluation.json").read_text() == stored
+    succeed("report", run)
+    page = " ".join(html.unescape((run / "report.html").read_text()).split())
+    for finding in told["findings"].values():
+        assert f"<h2>{finding['title']}</h2>" in page
+        assert f"\n\n{finding['title']}\n" in printed
+        for name, figure in finding["facts"]:
+            assert re.search(rf"^  {re.escape(name)} +{re.escape(figure)}$", printed, re.MULTILINE)
+            assert f'<th scope="row">{name}</th><td>{figure}</td>' in page
+        for sentence in finding["meaning"]:
+            assert sentence in printed.splitlines()
+            assert f">{sentence}</p>" in page
+    for title in ("Two-sided bracket", "Where the gap comes from", "Aggregated posterior", "Ranks of the truth"):
+        assert f"<b>{title}</b>" in page
+    for name in ("likelihood", "rows", "importance samples"):
+        assert f'<th scope="row">{name}</th>' in page
+
+    # Findings of other weights are stale.
+    (run / "evaluation.json").write_text(json.dumps(told | {"weights": "others"}))
+    succeed("report", run)
+    assert "Two-sided bracket" not in (run / "report.html").read_text()
+    assert json.loads((run / "evaluation.json").read_text())["findings"] == {}
+
+
+def test_diagnoses_that_cannot_be_are_refused_before_the_evaluation(digits) -> None:
+    before = {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()}
+    assert "`--also` knows no `aid`; it knows ais, gaps," in refuse("evaluate", digits, "--also", "ais", "aid")
+    assert "`--also-rows` must be at least 1; got 0" in refuse("evaluate", digits, "--also", "ais", "--also-rows", 0)
+    assert "`--temperatures` must be at least 1" in refuse("evaluate", digits, "--also", "gaps", "--temperatures", 0)
+    assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".csv", ".parquet"])

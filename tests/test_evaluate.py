@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import aevb
 from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
 from aevb._compiler import can_compile
+from aevb.apps.summary import UNTRUSTED_ABOVE, summarize
 from aevb.evaluate import pareto_k
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -228,6 +229,39 @@ def test_standard_error_is_calibrated():
     exact = torch.as_tensor(stats.multivariate_normal(mean, cov).logpdf(x.numpy()))
     error = estimates.mean(0) - (exact - reported / 2)
     assert bool((error.abs() < 4 * (reported / repetitions).sqrt()).all())
+
+
+def covered(scale: float, rows: int = 1000) -> tuple[VAE, Tensor, aevb.Marginal, Tensor]:
+    """Rows of the model, their estimates, and which 95 % interval holds log p(x), q being `scale` times as wide."""
+    vae, mean, cov = linear_gaussian(scale)
+    x = torch.as_tensor(stats.multivariate_normal(mean, cov).rvs(rows, random_state=0))
+    found = aevb.log_marginal(vae, {"x": x}, 2000)
+    exact = torch.as_tensor(stats.multivariate_normal(mean, cov).logpdf(x.numpy()))
+    return vae, x, found, (found.log_prob - exact).abs() < stats.norm.ppf(0.975) * found.std_error
+
+
+def test_intervals_cover_where_k_hat_is_low():
+    """As often as they say, by a two-sided binomial band at 1e-4; the bias SE^2 / 2 is a hundredth of an SE here.
+
+    A q that is wide enough has a low k-hat in all rows, not in those alone whose draws happened to miss the tail.
+    """
+    _, _, found, inside = covered(1.4)
+    assert bool((found.pareto_k < 0.5).all())
+    assert bool((found.std_error < 0.03).all())
+    low, high = stats.binom.ppf([5e-5, 1 - 5e-5], len(inside), 0.95)
+    assert low <= int(inside.sum()) <= high
+
+
+def test_intervals_do_not_cover_where_k_hat_is_high_and_the_caveat_counts_those_rows():
+    """A q of 0.3 times the posterior's width: of the rows that are flagged, fewer are covered than the band allows."""
+    vae, x, found, inside = covered(0.3)
+    flagged = found.pareto_k > UNTRUSTED_ABOVE
+    count = int(flagged.sum())
+    assert count > 500
+    assert int(inside[flagged].sum()) < stats.binom.ppf(5e-5, count, 0.95)
+    told = summarize(vae, {"x": x}, found)
+    assert told.untrusted == count
+    assert told.caveat.endswith(f"k-hat > 0.7 in {count} of 1000 rows")
 
 
 def test_noise_is_new_for_each_node_row_and_block():

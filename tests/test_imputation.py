@@ -58,36 +58,46 @@ def holed(mean: Tensor, cov: Tensor) -> Tensor:
 
 
 def test_imputation_converges_to_the_gaussian_conditional():
-    """A4: the scatter over 40 seeds is its standard error; spread and mean, every missing entry, any holes."""
+    """A4: the scatter over 40 seeds is its standard error; spread and mean, every missing entry, any holes.
+
+    30 figures by Student's t with 39 degrees, a false alarm in a thousand runs for all of them together; the scatter is
+    told in the figures' own units, and limited so that nothing passes for want of draws. A ratio of means is biased by
+    the order of 1 / ESS, at 16,000 draws a small part of the scatter.
+    """
     vae, mean, cov = linear()
     x = holed(mean, cov)
-    runs = [aevb.impute(vae, {"x": x}, 4000, seed=seed) for seed in range(40)]
+    runs = [aevb.impute(vae, {"x": x}, 16_000, seed=seed) for seed in range(40)]
     means, stds = (torch.stack([getattr(run, name)["x"] for run in runs]) for name in ("mean", "std"))
+    allowed = stats.t.ppf(1 - 1e-3 / 2 / 30, 39)
     for row, value in enumerate(x):
         gone = value.isnan()
         assert torch.equal(means[0, row, ~gone], value[~gone])
         assert not stds[:, row, ~gone].any()
         if gone.any():
             exact, spread = conditional_law(mean, cov, value)
-            for found, wanted in ((means, exact), (stds.square(), spread.diagonal())):
+            width = spread.diagonal()
+            for found, wanted, unit in ((means, exact, width.sqrt()), (stds.square(), width, width)):
                 scatter = found[:, row, gone].std(0) / math.sqrt(len(runs))
-                assert bool((scatter < 0.02).all())
-                assert bool(((found[:, row, gone].mean(0) - wanted).abs() < 4 * scatter).all())
+                assert bool((scatter < 0.02 * unit).all())
+                assert bool(((found[:, row, gone].mean(0) - wanted).abs() < allowed * scatter).all())
 
 
 def test_draws_have_the_conditionals_mean_and_covariance():
-    """1000 draws: a chi-square for the mean, and each covariance within 4.5 of its standard errors."""
+    """500 draws: a chi-square for the mean, and each covariance within 4.5 of its standard errors.
+
+    The draws pick from the same weighted latents, as many as the ESS in effect: their errors are added.
+    """
     vae, mean, cov = linear()
     x = holed(mean, cov)[4:5]
-    found = aevb.impute(vae, {"x": x}, 20_000, draws=1000).draws["x"][:, 0]
-    gone = x[0].isnan()
-    assert torch.equal(found[:, ~gone], x[0, ~gone].expand(1000, -1))
+    found = aevb.impute(vae, {"x": x}, 40_000, draws=500)
+    gone, drawn = x[0].isnan(), found.draws["x"][:, 0]
+    assert torch.equal(drawn[:, ~gone], x[0, ~gone].expand(500, -1))
     exact, spread = conditional_law(mean, cov, x[0])
-    drawn = found[:, gone]
+    drawn, share = drawn[:, gone], 1 / 500 + 1 / float(found.ess)
     off = drawn.mean(0) - exact
-    assert float(off @ torch.linalg.solve(spread, off)) * 1000 < stats.chi2.ppf(1 - 1e-4, len(exact))
+    assert float(off @ torch.linalg.solve(spread, off)) / share < stats.chi2.ppf(1 - 1e-4, len(exact))
     width = spread.diagonal()
-    error = ((width[:, None] * width + spread.square()) / 1000).sqrt()
+    error = ((width[:, None] * width + spread.square()) * share).sqrt()
     assert bool(((torch.cov(drawn.T) - spread).abs() < 4.5 * error).all())
 
 

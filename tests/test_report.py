@@ -1,8 +1,10 @@
 """The report: one file that fetches nothing, says each figure as `Summary` has it, and says what its pictures show."""
 
 import base64
+import json
 import math
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
@@ -12,6 +14,7 @@ from torch import nn
 
 import aevb
 from aevb import BayesNet, InputError, ModelConfig, TrainConfig
+from aevb.apps.diagnoses import DIAGNOSES, Subject
 from aevb.apps.report import write_report
 from aevb.apps.summary import Summary, summarize
 from aevb.checkpoint import Run
@@ -321,10 +324,33 @@ def test_few_rows(tmp_path, rows, shape):
 
 
 def test_many_rows_are_thinned_evenly(tmp_path, monkeypatch):
-    monkeypatch.setattr("aevb.apps.report._POINTS", 20)
+    monkeypatch.setattr("aevb.apps.report.seen._POINTS", 20)
     x = table()
     page = report(tmp_path / "report.html", trained(ModelConfig(features=4, latents=2, hidden=(8,)), x), x)
     assert "Drawn are 20 of 60 rows" in page.words
+
+
+@pytest.mark.parametrize(("rows", "latents"), [(1, 1), (40, 3)])
+def test_diagnoses_are_drawn_from_what_the_evaluation_keeps(tmp_path, rows, latents):
+    x = table()[:rows]
+    run = trained(ModelConfig(features=4, latents=latents, hidden=(8,)), table())
+    subject = Subject(
+        vae=run.vae, rows=x, log_prob=aevb.log_marginal(run.vae, {"x": x}, 60).log_prob, samples=60, few=5,
+        temperatures=2, columns=["<b>", "$\\frac{", "身高", 'a"'], seed=0, quiet=True,
+    )  # fmt: skip
+    names = ["ais", "information", "calibration", "checks"]
+    summary = replace(evaluated(run.vae, x), findings={name: DIAGNOSES[name](subject) for name in names})
+    (tmp_path / "evaluation.json").write_text(json.dumps(summary.to_json(), allow_nan=False))
+    page = report(tmp_path / "report.html", run, x, Summary.load(tmp_path / "evaluation.json"))
+    for finding in summary.findings.values():
+        for words in (finding.title, *finding.meaning, *(word for fact in finding.facts for word in fact)):
+            assert " ".join(words.split()) in page.words
+    titles = ["Two estimates of log p(x)", "Two-sided bracket", "Aggregated posterior", "Ranks of the truth"]
+    for title in [*titles, "Data against replicates"]:
+        assert title in page.words
+    assert ("Pairs of dimensions" in page.words) == (latents > 1)
+    assert len({image["alt"] for image in page.images}) == len(page.images)
+    assert "<b>" not in page.html.split("Predictive checks")[1].split("</table>")[0]
 
 
 def test_rows_without_a_chance_are_named_and_not_averaged():

@@ -25,11 +25,13 @@ from aevb.apps.progress import rows_done, steps_done
 from aevb.apps.runs import (
     EVALUATION,
     data_of,
+    diagnose_run,
     evaluate_run,
     judged,
     load_data,
     model_config,
     open_run,
+    pixels,
     rows_for_start,
     rows_of_file,
     test_rows,
@@ -45,6 +47,7 @@ __all__ = ["main"]
 
 _REPORT = "report.html"
 _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
+_Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{ais,gaps,information,calibration,checks}")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 
 
@@ -221,9 +224,16 @@ def evaluate(
     seed: int = 0,
     data: str | None = None,
     compile: bool = False,
+    also: _Names = (),
+    also_rows: int = 100,
+    temperatures: int = 1000,
     json: bool = False,
 ) -> None:
-    """Estimate log p(x) on the test rows of a run's data, with its errors.
+    """Estimate log p(x) on the test rows of a run's data, with its errors; keep it, and what --also finds, in the run.
+
+    --also ais: annealing beside importance sampling, and how far it can be trusted. gaps: what of log p(x) - ELBO a
+    larger encoder, full covariance or a flow would win. information: what the latents carry. calibration: whether q is
+    the posterior. checks: figures of the data beside those of data that the model draws.
 
     Args:
         run: Folder of the run.
@@ -231,10 +241,21 @@ def evaluate(
         seed: Key of the draws.
         data: Where the data are now, if they have moved since training.
         compile: Compile the pass over both networks first: a minute, worth it from some ten million draws on.
+        also: Deeper diagnoses by name, after RUN.
+        also_rows: Rows, evenly spaced, that ais and gaps take at most; their time grows with it.
+        temperatures: Of the annealing in ais and gaps; with more its bounds are tighter.
         json: Print one JSON object and nothing else.
     """
+    from aevb.apps.diagnoses import check
+
     found = open_run(run)
-    summary, _ = evaluate_run(found, data_of(found, data), samples, seed, quiet=json, compile=compile)
+    source = data_of(found, data)
+    check(found.vae, test_rows(found, source)[1], also, also_rows, temperatures)
+    if also:  # beside an evaluation of these weights, draws and seed that the run holds already
+        summary, rows = judged(found, source, samples, seed, quiet=json, compile=compile)
+        summary = diagnose_run(found, source, summary, rows, also, few=also_rows, temperatures=temperatures, quiet=json)
+    else:
+        summary, _ = evaluate_run(found, source, samples, seed, quiet=json, compile=compile)
     _print_summary(summary, json)
 
 
@@ -358,7 +379,7 @@ def score(
         marginal = log_marginal(found.vae, values, samples, seed=seed, progress=progress)
     names = ("log_prob", "std_error", "ess", "pareto_k")
     write_rows(out, torch.stack([getattr(marginal, name) for name in names], 1).numpy(), names)
-    summary = summarize(found.vae, values, marginal, seed=seed, split=Path(data).name)
+    summary = summarize(found.vae, values, marginal, seed=seed, split=Path(data).name, data=pixels(found))
     _print_summary(summary, json)
     if not json:
         print(f"written to {out}")

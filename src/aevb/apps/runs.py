@@ -6,6 +6,8 @@ What a function needs is imported when it runs, so that `aevb --help` answers be
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +17,20 @@ from aevb.config import InputError, Likelihood, ModelConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from aevb.apps.summary import Summary
+    from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
     from aevb.data import Data
 
 __all__ = [
     "EVALUATION",
     "data_of",
+    "diagnose_run",
     "evaluate_run",
     "judged",
     "load_data",
     "model_config",
     "open_run",
+    "pixels",
     "rows_for_start",
     "rows_of_file",
     "test_rows",
@@ -38,7 +42,7 @@ EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
 def evaluate_run(
     run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False
 ) -> tuple[Summary, Tensor]:
-    """The evaluation of a run, which keeps it, and log p(x) of each row."""
+    """The evaluation of a run, which keeps it, and log p(x) of each row; what was found of these weights stays."""
     import numpy as np
 
     from aevb.apps.summary import summarize
@@ -49,15 +53,66 @@ def evaluate_run(
     values = {"x": rows}
     with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
         marginal = log_marginal(run.vae, values, samples, seed=seed, compile=compile, progress=progress)
-    summary = summarize(run.vae, values, marginal, seed=seed, split=split, data=_pixels(run))
+    summary = summarize(run.vae, values, marginal, seed=seed, split=split, data=pixels(run))
     assert run.path is not None
+    summary = replace(summary, findings=_kept_findings(run.path, summary.weights))
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
     write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
     summary.save(run.path / EVALUATION)
     return summary, marginal.log_prob
 
 
-def judged(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> tuple[Summary, Tensor]:
+def _kept_findings(folder: Path, weights: str) -> dict[str, Finding]:
+    """What a run's evaluation holds of these weights; of others it would be stale."""
+    from aevb.apps.summary import Summary
+
+    try:
+        before = Summary.load(folder / EVALUATION)
+    except InputError:  # there is none, or none that can be read: it is made anew
+        return {}
+    return before.findings if before.weights == weights else {}
+
+
+def diagnose_run(
+    run: Run, data: Data, summary: Summary, log_prob: Tensor, names: Sequence[str], *, few: int, temperatures: int,
+    quiet: bool,
+) -> Summary:  # fmt: skip
+    """The evaluation, which the run keeps, with what the named diagnoses find.
+
+    Args:
+        run: The run.
+        data: What it was trained on.
+        summary: Its evaluation.
+        log_prob: That of each row.
+        names: Of diagnoses, in `DIAGNOSES`.
+        few: Rows that the dear ones take, at most.
+        temperatures: Of annealing.
+        quiet: No progress bars.
+    """
+    from aevb.apps.diagnoses import DIAGNOSES, Subject
+
+    assert run.path is not None
+    subject = Subject(
+        vae=run.vae,
+        rows=test_rows(run, data)[1],
+        log_prob=log_prob,
+        samples=summary.samples,
+        few=few,
+        temperatures=temperatures,
+        columns=data.columns,
+        seed=summary.seed,
+        quiet=quiet,
+    )
+    for name in names:
+        found = summary.findings | {name: DIAGNOSES[name](subject)}
+        summary = replace(summary, findings={each: found[each] for each in DIAGNOSES if each in found})
+        summary.save(run.path / EVALUATION)
+    return summary
+
+
+def judged(
+    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False
+) -> tuple[Summary, Tensor]:
     """As `evaluate_run`; what the run holds already, if it is of these weights, samples and seed."""
     import numpy as np
     import torch
@@ -71,12 +126,14 @@ def judged(run: Run, data: Data, samples: int, seed: int, *, quiet: bool) -> tup
         same = (summary.weights, summary.samples, summary.seed) == (weights_of(run.vae), samples, seed)
         if same and float(rows.mean()) == summary.log_prob:
             return summary, rows
-    return evaluate_run(run, data, samples, seed, quiet=quiet)
+    return evaluate_run(run, data, samples, seed, quiet=quiet, compile=compile)
 
 
-def _pixels(run: Run) -> str:
-    """How grey values became black and white, where they did."""
-    return "" if run.data["binarize"] == "none" else f"binarised: {run.data['binarize']}"
+def pixels(run: Run) -> str:
+    """How the grey values of images became black and white, if they did."""
+    if run.data["binarize"] != "none":
+        return f"binarised: {run.data['binarize']}"
+    return "not binarised" if run.data.get("image_shape") else ""
 
 
 def test_rows(run: Run, data: Data) -> tuple[str, Tensor, Tensor | None]:

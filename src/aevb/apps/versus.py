@@ -11,15 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aevb.apps.summary import UNTRUSTED_ABOVE, Summary
+from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run
 from aevb.config import InputError
 from aevb.evaluate import Comparison
 
 __all__ = ["Contestant", "check_comparable", "to_json", "told"]
-
-_DENSITIES = ("normal", "student-t")
-"""Likelihoods that are densities in the data's units; the others are probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ def _likelihood(run: Run) -> str:
 
 
 def _is_density(run: Run) -> bool:
-    return _likelihood(run) in _DENSITIES
+    return _likelihood(run) in DENSITIES
 
 
 def told(contestants: Sequence[Contestant], found: Comparison) -> list[str]:

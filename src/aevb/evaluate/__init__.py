@@ -1,9 +1,36 @@
 """Estimates to judge a model by, each with what says how far to trust it."""
 
+from aevb.evaluate.annealing import Annealed, Bracket, ais, bidirectional, reverse_ais
+from aevb.evaluate.calibration import Calibration, simulation_based_calibration
 from aevb.evaluate.comparison import Comparison, compare
+from aevb.evaluate.gaps import Gaps, inference_gaps
 from aevb.evaluate.imputation import Imputation, impute
-from aevb.evaluate.information import active_units
+from aevb.evaluate.latents import Information, active_units, aggregated, information
 from aevb.evaluate.marginal import Marginal, log_marginal
 from aevb.evaluate.pareto import pareto_k
+from aevb.evaluate.predictive import PredictiveCheck, predictive_check
 
-__all__ = ["Comparison", "Imputation", "Marginal", "active_units", "compare", "impute", "log_marginal", "pareto_k"]
+__all__ = [
+    "Annealed",
+    "Bracket",
+    "Calibration",
+    "Comparison",
+    "Gaps",
+    "Imputation",
+    "Information",
+    "Marginal",
+    "PredictiveCheck",
+    "active_units",
+    "aggregated",
+    "ais",
+    "bidirectional",
+    "compare",
+    "impute",
+    "inference_gaps",
+    "information",
+    "log_marginal",
+    "pareto_k",
+    "predictive_check",
+    "reverse_ais",
+    "simulation_based_calibration",
+]

@@ -1,4 +1,4 @@
-"""One evaluation of a run in figures and words: terminal, JSON and report all print what stands here."""
+"""One evaluation of a run: log p(x) with its errors, and what deeper diagnoses found beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,17 +15,20 @@ import torch
 from torch import Tensor
 
 from aevb._shapes import Values
+from aevb.apps.summary.finding import Finding
 from aevb.bayesnet import VAE
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 from aevb.evaluate import Marginal, active_units
 
-__all__ = ["ACTIVE_ABOVE", "UNTRUSTED_ABOVE", "Summary", "summarize", "weights_of"]
+__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "summarize", "weights_of"]
 
 ACTIVE_ABOVE = 0.01
 """Var_x E_q[z | x] above which a dimension counts as active (Burda et al., 2016, section 5.2)."""
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
+DENSITIES = ("normal", "student-t")
+"""Likelihoods that are densities in the data's units; the others are probabilities."""
 _LEAST_FOR_K = 25  # a fifth of the draws is the tail, and five points are the least a fit is made to
 
 
@@ -48,6 +51,8 @@ class Summary:
     curve: list[list[float]]  # [K, bound with K draws], K rising to `samples`
     data: str = ""  # what the rows are, their binarisation included
     weights: str = ""  # fingerprint of the weights that were evaluated
+    likelihood: str = ""  # family of p(x | z); "" where it is not known by name
+    findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
 
     @property
     def gap(self) -> float:
@@ -63,8 +68,11 @@ class Summary:
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
         active = ", ".join(f"{count} of {total}" for count, total in self.active.values()) or "no latents"
+        kind = "density in the data's units" if self.likelihood in DENSITIES else "probability"
         return [
-            ("rows", f"{self.rows}" + (f" ({self.data})" if self.data else "")),
+            ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
+            *([("likelihood", f"{self.likelihood}: p(x) is a {kind}")] if self.likelihood else []),
+            ("importance samples", f"{self.samples} a row, seed {self.seed}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
             ("gap log p(x) - ELBO", f"{self.gap:.2f} nats"),
             *([("bound by draws", self._rise())] if len(self.curve) > 1 else []),
@@ -89,7 +97,9 @@ class Summary:
         """The whole evaluation as the terminal shows it; the headline is last."""
         facts = self.facts()
         width = max(len(name) for name, _ in facts)
-        return [*(f"{name:<{width}}  {figure}" for name, figure in facts), self.caveat, self.headline]
+        told = [line for finding in self.findings.values() for line in ("", *finding.lines())]
+        gap = [""] if told else []
+        return [*(f"{name:<{width}}  {figure}" for name, figure in facts), *told, *gap, self.caveat, self.headline]
 
     def to_json(self) -> dict[str, Any]:
         """Fields, and the gap, in full precision; what is not a number is None, since JSON has no NaN."""
@@ -102,6 +112,7 @@ class Summary:
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         known: dict[str, Any] = {n: math.nan if value is None else value for n, value in fields.items() if n != "gap"}
+        known["findings"] = {name: Finding.from_json(each) for name, each in known.get("findings", {}).items()}
         return cls(**known)
 
     def save(self, path: Path) -> None:
@@ -117,7 +128,7 @@ class Summary:
         """
         try:
             return cls.from_json(json.loads(path.read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"`{path}` holds no evaluation ({error}). Make one with `aevb evaluate RUN`.") from None
 
 
@@ -150,6 +161,7 @@ def summarize(
         curve=[[count, float(bound.mean())] for count, bound in marginal.curve.items()],
         data=data,
         weights=weights_of(vae),
+        likelihood=vae.config.likelihood if vae.config else "",
     )
 
 

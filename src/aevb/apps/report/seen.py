@@ -1,0 +1,74 @@
+"""What the model makes of the rows that a report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aevb.apps.report.drawing import Array
+from aevb.bayesnet import VAE, BayesNet
+from aevb.bounds import evaluating, prepare, terms
+
+__all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "evenly", "look"]
+
+TILES, SAMPLES, TABLE_DRAWS = 20, 40, 2000
+"""Images reconstructed, images sampled, rows sampled to compare columns with."""
+_POINTS, _ENTRIES = 5000, 10_000_000
+"""Most rows, and numbers in them, that are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the model makes of the rows that are drawn, in the data's own units."""
+
+    x: Array  # (N, P), NaN where missing
+    total: int  # rows that the N were taken from
+    labels: Array | None  # (N,)
+    node: str | None  # the latent node shown, None if there is none
+    codes: Array  # (N, D) its posterior means
+    kl: Array  # (G,) its KL, nats, mean over the rows
+    reconstruction: Array  # (N, P)
+    samples: Array  # (M, P) draws of x
+    sample_means: Array  # (M, P) mean of p(x | z) at the z of those draws
+
+
+def look(vae: VAE, test: Tensor, labels: Tensor | None, draws: int, seed: int) -> Seen:
+    """Encode, reconstruct and sample."""
+    most = max(TILES, _ENTRIES // test[0].numel())
+    kept, draws = evenly(len(test), min(_POINTS, most)), min(draws, most)
+    with torch.random.fork_rng(), evaluating(vae):
+        torch.manual_seed(seed)
+        x = prepare(vae, {"x": test[kept.to(test.device)]})["x"]
+        means = {node: d.mean for node, d in vae.posterior({"x": x}).items()}
+        node = next(iter(means), None)
+        found, drawn = terms(vae, {"x": x}), vae.p.sample(draws)
+        return Seen(
+            x=_array(x),
+            total=len(test),
+            labels=None if labels is None else _array(labels[kept.to(labels.device)])[:, 0],
+            node=node,
+            codes=_array(means[node]) if node else np.zeros((len(x), 0)),
+            kl=_array(found.node_kl(node).flatten(0, -2).mean(0))[:, 0] if node else np.zeros(0),
+            reconstruction=_mean_of_x(vae.p, {"x": x, **means}, len(x)),
+            samples=_array(drawn["x"]),
+            sample_means=_mean_of_x(vae.p, drawn, draws),
+        )
+
+
+def _mean_of_x(p: BayesNet, values: Mapping[str, Tensor], rows: int) -> Array:
+    d = p.distribution("x", values)
+    return _array(d.mean.expand(rows, *d.event_shape))
+
+
+def _array(value: Tensor) -> Array:
+    array: Array = value.detach().reshape(len(value), -1).double().cpu().numpy()
+    return array
+
+
+def evenly(rows: int, most: int) -> Tensor:
+    """Positions of at most `most` of `rows`, evenly spaced: data are often sorted."""
+    return torch.linspace(0, rows - 1, min(rows, most), dtype=torch.float64).round().long()

@@ -1,0 +1,20 @@
+"""An evaluation in figures and words: terminal, JSON and report print what stands here and nowhere else."""
+
+from aevb.apps.summary.finding import Finding
+from aevb.apps.summary.findings import of_annealing, of_calibration, of_checks, of_gaps, of_information
+from aevb.apps.summary.record import ACTIVE_ABOVE, DENSITIES, UNTRUSTED_ABOVE, Summary, summarize, weights_of
+
+__all__ = [
+    "ACTIVE_ABOVE",
+    "DENSITIES",
+    "UNTRUSTED_ABOVE",
+    "Finding",
+    "Summary",
+    "of_annealing",
+    "of_calibration",
+    "of_checks",
+    "of_gaps",
+    "of_information",
+    "summarize",
+    "weights_of",
+]
