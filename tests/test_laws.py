@@ -634,7 +634,7 @@ def full_normal() -> td.Distribution:
     return td.MultivariateNormal(torch.randn(ROWS, D), scale_tril=factor)
 
 
-def binary(family: type[td.Bernoulli]) -> td.Distribution:
+def binary(family: type[td.Bernoulli] = distributions.Bernoulli) -> td.Distribution:
     return td.Independent(family(logits=torch.randn(ROWS, D)), 1)
 
 
@@ -642,7 +642,7 @@ FAMILIES: dict[type, Callable[[], td.Distribution]] = {
     td.Normal: factorized_normal,
     td.MultivariateNormal: full_normal,
     OneHot: lambda: OneHot(torch.randn(ROWS, D)),
-    distributions.Bernoulli: functools.partial(binary, distributions.Bernoulli),
+    distributions.Bernoulli: binary,
     td.Bernoulli: functools.partial(binary, td.Bernoulli),
 }
 PAIRS = [pytest.param(pair, id=f"{pair[0].__name__}, {pair[1].__name__}") for pair in CLOSED_KL]
