@@ -131,7 +131,7 @@ def test_one_row_concludes_nothing():
 @pytest.mark.parametrize(
     ("given", "verdict"),
     [
-        ((2.0, 0.5, 0.6), "What would help most: a larger encoder, or q refined for each row, by 2.000 ± 0.011 nats."),
+        ((2.0, 0.5, 0.6), "What would help most: q refined for each row, or a better encoder, by 2.000 ± 0.011 nats."),
         ((0.5, 2.0, 0.6), "What would help most: full covariance in q, by 2.000 ± 0.011 nats."),
         ((0.5, 2.0, 2.01), "a flow as q, by 2.010 ± 0.011 nats. These rows do not tell it from full covariance"),
         ((0.01, 0.0, -1.0), "No remedy's gain is told from none"),

@@ -232,7 +232,7 @@ def evaluate(
     """Estimate log p(x) on the test rows of a run's data, with its errors; keep it, and what --also finds, in the run.
 
     --also ais: annealing beside importance sampling, and how far it can be trusted. gaps: what of log p(x) - ELBO a
-    larger encoder, full covariance or a flow would win. information: what the latents carry. calibration: whether q is
+    better encoder, full covariance or a flow would win. information: what the latents carry. calibration: whether q is
     the posterior. checks: figures of the data beside those of data that the model draws.
 
     Args:

@@ -84,7 +84,7 @@ def _gaps(subject: Subject) -> Finding:
     from aevb.evaluate.gaps import inference_gaps
 
     kept = subject.some(subject.few)
-    with rows_done("inference gaps", len(kept), subject.quiet) as progress:
+    with rows_done("inference gaps, three rounds", 3 * len(kept), subject.quiet) as progress:
         found = inference_gaps(
             subject.vae,
             {"x": subject.rows[kept]},

@@ -41,7 +41,7 @@ Family = Literal["full", "flow"]
 class Gaps:
     """Log p(x) and the ELBO of q as it is and refined for each datum; nats, higher is better."""
 
-    log_prob: Tensor  # (N,) by the estimate with the highest mean over rows: in expectation all are lower bounds
+    log_prob: Tensor  # (N,) by the estimate with the highest mean over rows; each is a lower bound in expectation
     log_prob_error: Tensor  # (N,) Monte Carlo standard error, like those below
     source: str  # that estimate: "importance sampling", from q or from a refined one, or "annealing"
     elbo: Tensor  # (N,) of q as it is
@@ -94,9 +94,11 @@ def inference_gaps(
     come from fresh draws, so that they are unbiased for what was found, and what was found is at most the best: gaps of
     approximation may be too large, by what the climb did not reach, and too small, by what log p(x) is underestimated.
     Log p(x) is by importance sampling from q, by `ais`, or by importance sampling from a refined q, whose draws are
-    those of its ELBO.
+    those of its ELBO: each a lower bound in expectation, of which the one with the highest mean over rows is taken.
+    Chosen on the draws that it is told by, it may lie above log p(x), by no more than about its error.
 
-    A row's noise is keyed by (seed, the row's content): its figures do not depend on its company beyond rounding.
+    A row's noise is keyed by (seed, the row's content, how many rows like it came before), that of importance sampling
+    from q by the first two: beyond rounding its figures depend on no other row.
 
     Args:
         vae: Generative and inference networks.
@@ -206,7 +208,7 @@ class _Judged(NamedTuple):
 
 
 def _best(estimates: Mapping[str, Marginal | Annealed], found: Mapping[str, _Judged]) -> tuple[Tensor, Tensor, str]:
-    """Log p(x), its error and where it is from, by the highest mean: picked row by row, the largest would be biased."""
+    """Log p(x), its error and where it is from, by the highest mean: the highest of each row would be far off."""
     every = {name: (each.log_prob, each.std_error) for name, each in estimates.items()}
     # Not of q's own family, whose integrand is no weight where classes are summed over.
     every |= {

@@ -29,7 +29,7 @@ _JOINT = "log_joint"
 """The statistic of calibration that is no latent dimension."""
 _FAMILIES = {"full": "full covariance", "flow": "a flow"}
 _REMEDIES = {
-    "own": "a larger encoder, or q refined for each row",
+    "own": "q refined for each row, or a better encoder",
     "full": "full covariance in q",
     "flow": "a flow as q",
 }
@@ -117,8 +117,9 @@ def of_gaps(found: Gaps, total: int) -> Finding:
         ),
         meaning=(
             _remedy(gains) + warning,
-            "log p(x) is a lower bound itself, and refining may stop short: the whole gap and amortization are, in "
-            "expectation, at least what is told; how the rest splits may err either way.",
+            "log p(x) is the highest of some lower bounds, and refining may stop short: amortization is, in "
+            "expectation, at least what is told; the whole gap most likely is, and how the rest splits may err either "
+            "way.",
         ),
         figures=plain(
             {
