@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import warnings
 from pathlib import Path
 
@@ -171,30 +170,11 @@ def test_runs_that_cannot_be_compared(digits, table, tmp_path) -> None:
     assert "one is a density, the other a probability" in refuse("compare", counted, measured)
 
 
-@pytest.fixture
-def gaps(monkeypatch) -> None:
-    """In place of a computation of minutes: a record that is made of the rows alone."""
-
-    def inference_gaps(vae, values, *, samples, temperatures, seed, progress) -> types.SimpleNamespace:
-        rows = values["x"].double().sum(1)
-        progress(len(rows))
-        refined = {"own": rows + 2 + rows / 100, "full": rows + 3 + rows / 100, "flow": rows + 3.5 + rows / 90}
-        return types.SimpleNamespace(
-            log_prob=rows + 4 + rows / 80, elbo=rows, refined=refined, samples=samples, steps=temperatures,
-            source="annealing", amortization=refined["own"] - rows, approximation=rows + 4 + rows / 80 - refined["own"],
-            gain=lambda family: refined[family] - refined["own"],
-        )  # fmt: skip
-
-    monkeypatch.setitem(
-        sys.modules, "aevb.evaluate.gaps", types.SimpleNamespace(inference_gaps=inference_gaps, Gaps=object)
-    )
-
-
 ALSO = ["ais", "gaps", "information", "calibration", "checks"]
 FEW = ["--also-rows", 4, "--temperatures", 3]
 
 
-def test_diagnoses_say_the_same_in_terminal_json_and_report(digits, tmp_path, gaps, monkeypatch) -> None:
+def test_diagnoses_say_the_same_in_terminal_json_and_report(digits, tmp_path, monkeypatch) -> None:
     from aevb.apps import diagnoses
 
     assert list(diagnoses.DIAGNOSES) == ALSO

@@ -2,11 +2,10 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 import aevb
 from aevb.apps.check import linear_vae
@@ -24,31 +23,9 @@ from aevb.apps.summary import (
 from aevb.apps.summary.finding import figure, plain
 from aevb.evaluate.annealing import Annealed, Bracket
 from aevb.evaluate.calibration import simulation_based_calibration
+from aevb.evaluate.gaps import Gaps
 from aevb.evaluate.latents import information
 from aevb.evaluate.predictive import predictive_check
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gaps:
-    """What `of_gaps` reads."""
-
-    log_prob: Tensor
-    elbo: Tensor
-    refined: dict[str, Tensor]
-    source: str = "annealing"
-    samples: int = 10
-    steps: int = 5
-
-    @property
-    def amortization(self):
-        return self.refined["own"] - self.elbo
-
-    @property
-    def approximation(self):
-        return self.log_prob - self.refined["own"]
-
-    def gain(self, family):
-        return self.refined[family] - self.refined["own"]
 
 
 def gaps(amortization, full, flow, rows=100, rest=1.0):
@@ -59,7 +36,11 @@ def gaps(amortization, full, flow, rows=100, rest=1.0):
     elbo = torch.linspace(-20, -10, rows, dtype=torch.float64)
     own = elbo + amortization + noise[0]
     refined = {"own": own, "full": own + full + noise[1], "flow": own + flow + noise[2]}
-    return Gaps(log_prob=own + rest, elbo=elbo, refined=refined)
+    none = torch.zeros(rows, dtype=torch.float64)
+    return Gaps(
+        log_prob=own + rest, log_prob_error=none, source="annealing", elbo=elbo, elbo_error=none, refined=refined,
+        refined_error=dict.fromkeys(refined, none), samples=10, steps=5,
+    )  # fmt: skip
 
 
 def tiny():

@@ -18,6 +18,7 @@ from aevb.config import InputError
 from aevb.distributions import base_of
 from aevb.evaluate.annealing import ais, bidirectional
 from aevb.evaluate.calibration import simulation_based_calibration
+from aevb.evaluate.gaps import inference_gaps
 from aevb.evaluate.latents import Information, aggregated, information
 from aevb.evaluate.predictive import predictive_check
 
@@ -81,8 +82,6 @@ def _annealing(subject: Subject) -> Finding:
 
 
 def _gaps(subject: Subject) -> Finding:
-    from aevb.evaluate.gaps import inference_gaps
-
     kept = subject.some(subject.few)
     with rows_done("inference gaps, three rounds", 3 * len(kept), subject.quiet) as progress:
         found = inference_gaps(

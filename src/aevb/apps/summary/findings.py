@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from aevb.apps.summary.finding import SURE, Finding, figure, mean_and_error, plain, told_from_zero
 from aevb.evaluate.annealing import Annealed, Bracket
 from aevb.evaluate.calibration import Calibration
+from aevb.evaluate.gaps import Gaps
 from aevb.evaluate.latents import ACTIVE, Information
 from aevb.evaluate.predictive import PredictiveCheck
-
-if TYPE_CHECKING:
-    from aevb.evaluate.gaps import Gaps
 
 __all__ = ["of_annealing", "of_calibration", "of_checks", "of_gaps", "of_information"]
 
