@@ -24,9 +24,9 @@ from aevb.bounds import Terms, draw_latents, evaluating, holes_in, prepare, refu
 from aevb.config import InputError
 from aevb.distributions import base_of
 
-__all__ = ["ACTIVE", "Information", "active_units", "aggregated", "drawing", "information"]
+__all__ = ["ACTIVE_ABOVE", "Information", "active_units", "aggregated", "drawing", "information"]
 
-ACTIVE = 0.01
+ACTIVE_ABOVE = 0.01
 """A dimension is active above this, in the square of the node's units by its mean, in nats by its KL."""
 
 _LOG_2PI = math.log(2 * math.pi)
@@ -153,8 +153,8 @@ def information(vae: VAE, values: Values, samples: int = 10, *, seed: int = 0, p
         kl=means,
         kl_std_error={node: _std_error(each) for node, each in kl.items()},
         mean_variance=spread,
-        active_by_mean={node: each > ACTIVE for node, each in spread.items()},
-        active_by_kl={node: each > ACTIVE for node, each in means.items()},
+        active_by_mean={node: each > ACTIVE_ABOVE for node, each in spread.items()},
+        active_by_kl={node: each > ACTIVE_ABOVE for node, each in means.items()},
         rate=float(rate.mean()),
         rate_std_error=float(_std_error(rate)),
         distortion=float(distortion.mean()),

@@ -14,7 +14,7 @@ from aevb.apps.summary.finding import SURE, Finding, figure, mean_and_error, pla
 from aevb.evaluate.annealing import Annealed, Bracket
 from aevb.evaluate.calibration import Calibration
 from aevb.evaluate.gaps import Gaps
-from aevb.evaluate.latents import ACTIVE, Information
+from aevb.evaluate.latents import ACTIVE_ABOVE, Information
 from aevb.evaluate.predictive import PredictiveCheck
 
 __all__ = ["of_annealing", "of_calibration", "of_checks", "of_gaps", "of_information"]
@@ -164,8 +164,8 @@ def of_information(found: Information, total: int, aggregate: Mapping[str, Any] 
         ("rows", f"{found.rows}" + (f" of {total}, evenly spaced" if found.rows < total else "")),
         ("rate", f"{figure(found.rate, found.rate_std_error)} nats, mean KL(q(z|x) || p(z))"),
         ("distortion", f"{figure(found.distortion, found.distortion_std_error)} nats, mean of -log p(x|z) under q"),
-        ("active by spread", f"{by_mean} (Var E[z|x] > {ACTIVE})"),
-        ("active by KL", f"{by_kl} (KL > {ACTIVE} nats){whole}"),
+        ("active by spread", f"{by_mean} (Var E[z|x] > {ACTIVE_ABOVE})"),
+        ("active by KL", f"{by_kl} (KL > {ACTIVE_ABOVE} nats){whole}"),
     ]
     meaning = ["Rate and distortion add up to -ELBO: what a row spends on its latents, and what they leave untold."]
     if found.mutual_information is None or found.marginal_kl is None:

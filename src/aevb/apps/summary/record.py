@@ -20,11 +20,10 @@ from aevb.bayesnet import VAE
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 from aevb.evaluate import Marginal, active_units
+from aevb.evaluate.latents import ACTIVE_ABOVE
 
 __all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "summarize", "weights_of"]
 
-ACTIVE_ABOVE = 0.01
-"""Var_x E_q[z | x] above which a dimension counts as active (Burda et al., 2016, section 5.2)."""
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
 DENSITIES = ("normal", "student-t")
