@@ -219,6 +219,26 @@ class Rate(nn.Module):
         return td.Independent(td.Gamma(shape, rate, validate_args=False), 1)
 
 
+class Affine(nn.Module):
+    """A Gaussian as torch's transformed distribution, whose mean torch does not know."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> td.Distribution:
+        loc, raw_scale = self.net(x).chunk(2, -1)
+        base = td.Normal(torch.zeros_like(loc), 1.0)
+        moved = td.AffineTransform(loc, nn.functional.softplus(raw_scale))
+        return td.Independent(td.TransformedDistribution(base, [moved]), 1)
+
+
+def test_a_posterior_without_a_mean():
+    torch.manual_seed(0)
+    found = inference_gaps(simple(Affine(MLP(5, [], 4))), X, families=(), temperatures=0, samples=100, steps=50)
+    assert bool((found.amortization > 0).all())
+
+
 def classes() -> VAE:
     torch.manual_seed(0)
     p = BayesNet({"y": Categorical(3), "z": StandardNormal(1), "x | y, z": Bernoulli(MLP(4, [], 5))})
@@ -242,6 +262,23 @@ def simple(q: nn.Module | None = None) -> VAE:
     return VAE(p, BayesNet({"z | x": q or DiagonalNormal(MLP(5, [], 4))}))
 
 
+class Pair(nn.Module):
+    """A factor whose net returns two tensors, or is not called at all."""
+
+    def __init__(self, net: nn.Module, called: bool = True) -> None:
+        super().__init__()
+        self.net, self.called = net, called
+
+    def forward(self, x: Tensor) -> td.Distribution:
+        loc, scale = self.net(x) if self.called else (x[..., :2], 1.0)
+        return td.Independent(td.Normal(loc, scale), 1)
+
+
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[..., :2], 1 + x[..., 2:4]
+
+
 class Bare(nn.Module):
     def forward(self, x: Tensor) -> td.Distribution:
         return td.Independent(td.Normal(x[..., :2], 1.0), 1)
@@ -260,6 +297,8 @@ class Bare(nn.Module):
         (lambda: inference_gaps(simple(), X, families=("ful",)), "`families` holds 'ful'; it takes full, flow"),
         (lambda: inference_gaps(simple(), X | {"z": torch.ones(2, 2)}), "nothing is latent, and there is no gap"),
         (lambda: inference_gaps(simple(Bare()), X), "`z`, a Bare, has no attribute `net`"),
+        (lambda: inference_gaps(simple(Pair(Halves())), X), "`net` of q's factor of `z` must return one.*got tuple"),
+        (lambda: inference_gaps(simple(Pair(Halves(), False)), X), "must return one.*got no call of it"),
         (lambda: inference_gaps(classes(), X), r"`y` is latent and discrete, and `families`.*families=\(\)"),
         (lambda: inference_gaps(classes(), X, families=()), "`y` is latent .* `temperatures`.*temperatures=0"),
         (lambda: inference_gaps(VAE(simple().p, BayesNet({"z": LearnedNormal(2)})), X), "`z`, a LearnedNormal, has no"),

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE, BayesNet
-from aevb.bounds import estimate, evaluating, holes_in, prepare, refuse_shared
+from aevb.bounds import draw_latents, estimate, evaluating, holes_in, prepare, refuse_shared
 from aevb.conditionals import FullNormal
 from aevb.config import InputError
 from aevb.distributions import count_states, reparameterize
@@ -241,9 +241,13 @@ def _check_latents(vae: VAE, cast: Values, richer: bool, annealing: bool) -> Non
                 f"q's factor of `{node}`, a {type(vae.q.conditional(node)).__name__}, has no attribute `net` whose "
                 "outputs could be shifted for each datum. Keep the module that gives its parameters under that name."
             )
-    with evaluating(vae):
-        posterior = vae.posterior(cast)
-    if discrete := [node for node, d in posterior.items() if count_states(d) is not None]:
+    first = {name: value[:1] for name, value in cast.items()}
+    for node in hidden:
+        with evaluating(vae):
+            _no_shift(vae, node, first, 1)
+    with evaluating(vae), torch.random.fork_rng():
+        posterior = draw_latents(vae, first, 1, holes_in(first)).posterior
+    if discrete := [node for node in hidden if count_states(posterior[node]) is not None]:
         for asked, name, remedy in ((richer, "families", "families=()"), (annealing, "temperatures", "temperatures=0")):
             if asked:
                 raise InputError(
@@ -351,7 +355,7 @@ class _Own:
                 # A copy around the same weights: the factor itself may be part of p (VampPrior).
                 factor = copy.copy(factor)
                 factor._modules = dict(factor._modules)
-                factor.net = _Shifted(net := _net(vae, node), _no_shift(vae, net, observed, self.rows))
+                factor.net = _Shifted(_net(vae, node), _no_shift(vae, node, observed, self.rows))
                 self.parameters.append(factor.net.shift)
             factors[key] = factor
         self.vae = VAE(vae.p, BayesNet(factors), given=vae.given).eval()
@@ -386,16 +390,22 @@ def _net(vae: VAE, node: str) -> nn.Module:
     return net
 
 
-def _no_shift(vae: VAE, net: nn.Module, observed: Values, rows: int) -> Tensor:
-    """Zeros of the width of a net's outputs, seen at one draw."""
-    wide: list[Tensor] = []
-    hook = net.register_forward_hook(lambda _, __, out: wide.append(out))
+def _no_shift(vae: VAE, node: str, observed: Values, rows: int) -> Tensor:
+    """Zeros of the width of a node's net, whose outputs are seen at one draw."""
+    seen: list[object] = []
+    hook = _net(vae, node).register_forward_hook(lambda _, __, out: seen.append(out))
     try:
         with torch.no_grad(), torch.random.fork_rng():
             estimate(vae, observed, 1, kl="sampled", holes=holes_in(observed))
     finally:
         hook.remove()
-    return wide[0].new_zeros(rows, wide[0].shape[-1])
+    out = seen[0] if seen else None
+    if not isinstance(out, Tensor):
+        raise InputError(
+            f"The `net` of q's factor of `{node}` must return one tensor (..., N, P), the factor's parameters, to be "
+            f"shifted for each datum; got {type(out).__name__ if seen else 'no call of it'}. Join them in one tensor."
+        )
+    return out.new_zeros(rows, out.shape[-1])
 
 
 @final
