@@ -356,7 +356,7 @@ def test_where_there_is_no_density_moves_are_rejected_and_weights_zero():
         reverse_ais(vae, {"x": x, "z": torch.tensor([[1.0], [-1.0], [1.0]])}, temperatures=3, leapfrogs=1)
 
 
-def test_a_trajectory_that_diverged_is_not_shown_to_distributions_that_check():
+def test_a_trajectory_that_diverged_leaves_the_others_alone():
     """torch's Gamma refuses a NaN: that chain is NaN throughout, and the others are what they are without it."""
     vae, values, _ = gamma_poisson()
     path = Path(vae, values, {"z": torch.Size([1])}, "prior")
@@ -367,6 +367,27 @@ def test_a_trajectory_that_diverged_is_not_shown_to_distributions_that_check():
         assert bool(found[0, 1].isnan().all())
         assert torch.equal(found[1], wanted[1])
         assert torch.equal(found[0, [0, 2]], wanted[0, [0, 2]])
+
+
+class Exponential(nn.Module):
+    """A Gaussian whose scale, exp of its parent, is 0 or infinite far out, where torch refuses it."""
+
+    def forward(self, z: Tensor) -> td.Distribution:
+        return td.Independent(td.Normal(z, (3 * z).exp()), 1)
+
+
+def test_parameters_out_of_range_are_a_rejected_move():
+    vae = VAE(BayesNet({"z": StandardNormal(1), "x | z": Exponential()}), BayesNet({"z": LearnedNormal(1)}))
+    x, checks = torch.tensor([[0.5], [-1.0]]), td.Distribution._validate_args
+    with pytest.raises(ValueError, match="Expected parameter scale"):
+        vae.p.distribution("x", {"z": torch.tensor([[-1000.0]])})
+    path = Path(vae, {"x": x}, {"z": torch.Size([1])}, "prior")
+    assert not bool((path.height(path.at(torch.tensor([[[-1000.0], [1000.0]]])), 1.0) > -math.inf).any())
+    found = ais(vae, {"x": x}, chains=200, temperatures=30, leapfrogs=3)
+    truth = by_grid(vae, x, 20_001)[0]
+    assert bool((found.std_error < 0.2).all())
+    assert bool(((found.log_prob - truth).abs() < 4.7 * found.std_error).all())
+    assert td.Distribution._validate_args is checks
 
 
 class Broken(nn.Module):

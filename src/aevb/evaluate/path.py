@@ -6,9 +6,9 @@ z is u mapped onto the latents' supports, and :math:`\pi_0` p's prior or q. Nois
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -27,6 +27,17 @@ from aevb.evaluate.stream import digest_of
 __all__ = ["NotNormal", "Path", "Point", "RowNoise", "Start", "latents_of", "row_keys", "seed_of"]
 
 Start = Literal["prior", "posterior"]
+
+
+@contextlib.contextmanager
+def _unchecked() -> Iterator[None]:
+    """Without torch's checks of values and parameters: a trajectory that went astray is a rejected move, no error."""
+    before = td.Distribution._validate_args
+    td.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        td.Distribution.set_default_validate_args(before)
 
 
 class Point(NamedTuple):
@@ -72,15 +83,12 @@ class Path:
 
     def at(self, u: Tensor) -> Point:
         """One pass through the networks and back."""
-        # A trajectory that diverged to NaN stays NaN, but is not shown to distributions that check their values.
-        lost = u.isnan().any(-1)
         with torch.enable_grad():
-            own = u.detach().masked_fill(lost.unsqueeze(-1), 0.0).requires_grad_()
-            anchor, rest = self._densities(own)
+            u = u.detach().requires_grad_()
+            anchor, rest = self._densities(u)
             # Two passes back, through parts that hardly overlap: at another b they are recombined without a new one.
-            slopes = [_slope(part, own).masked_fill(lost.unsqueeze(-1), math.nan) for part in (anchor, rest)]
-        heights = (part.detach().masked_fill(lost, math.nan) for part in (anchor, rest))
-        return Point(u.detach(), *heights, *slopes)
+            slopes = _slope(anchor, u), _slope(rest, u)
+        return Point(u.detach(), anchor.detach(), rest.detach(), *slopes)
 
     def log_joint(self, u: Tensor) -> Tensor:
         """Log p(x, z) on the reals, `(K, N)`, at `u` `(K, N, D)`; only of a path from the prior."""
@@ -150,6 +158,7 @@ class Path:
             else:
                 yield node, d
 
+    @_unchecked()
     def _densities(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """`anchor` and `rest` of a point."""
         known, lead = dict(self.values), u.shape[:2]
