@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 
 import aevb
 from aevb.apps.check import linear_vae
@@ -20,7 +21,7 @@ from aevb.apps.summary import (
     of_information,
     summarize,
 )
-from aevb.apps.summary.finding import figure, plain
+from aevb.apps.summary.finding import figure, mean_and_error, plain, told_from_zero
 from aevb.evaluate.annealing import Annealed, Bracket
 from aevb.evaluate.calibration import simulation_based_calibration
 from aevb.evaluate.gaps import Gaps
@@ -102,6 +103,16 @@ def test_annealing_and_importance_sampling_are_told_apart_by_two_errors(differen
     assert verdict in found.meaning[0]
     assert ("two-sided bracket", "0.250 ± 0.013 nats wide, rows simulated from the model: 50") in found.facts
     assert "on real rows it is a lower bound only" in found.meaning[1]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 100])
+def test_what_is_told_from_zero_is_so_at_one_level_for_any_number_of_rows(rows):
+    """Of 20,000 samples of a mean of zero, 4.55 % are told from it; four standard errors of that share."""
+    torch.manual_seed(0)
+    share, count = 2 * stats.norm.sf(2), 20_000
+    told = sum(told_from_zero(*mean_and_error(each), rows) for each in torch.randn(count, rows, dtype=torch.float64))
+    assert abs(told / count - share) < 4 * math.sqrt(share * (1 - share) / count)
+    assert not told_from_zero(1.0, math.nan, 1)
 
 
 def test_one_row_concludes_nothing():

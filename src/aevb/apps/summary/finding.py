@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["SURE", "Finding", "figure", "mean_and_error", "plain", "told_from_zero"]
 
 SURE = 2.0
-"""Standard errors from zero on, beyond which a difference is called one."""
+"""Standard errors from zero on, of many rows, beyond which a difference is called one."""
 _MOST_DIGITS = 5
 
 
@@ -55,9 +55,11 @@ def mean_and_error(figures: Tensor) -> tuple[float, float]:
     return float(figures.mean()), float(figures.std()) / math.sqrt(rows) if rows > 1 else math.nan
 
 
-def told_from_zero(value: float, error: float) -> bool:
-    """Whether a figure is at least `SURE` standard errors from zero; without an error none is."""
-    return abs(value) > SURE * error
+def told_from_zero(value: float, error: float, rows: int) -> bool:
+    """Whether a mean over rows is told from zero: of few rows Student's quantile takes the place of `SURE`."""
+    from scipy.special import ndtr, stdtrit
+
+    return rows > 1 and abs(value) > float(stdtrit(rows - 1, ndtr(SURE))) * error
 
 
 def figure(value: float, error: float | None = None) -> str:

@@ -40,20 +40,21 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
         mean_and_error, (importance.double(), annealed.log_prob, difference)
     )
     width, simulated = figure(bracket.gap, bracket.std_error), len(bracket.lower.log_prob)
-    told = "" if told_from_zero(bracket.gap, bracket.std_error) else "; its width is not told from none"
+    wide = told_from_zero(bracket.gap, bracket.std_error, simulated)
+    told = "" if wide else "; its width is not told from none"
     if not math.isfinite(error):
         verdict = _NO_ERROR
-    elif not told_from_zero(off, error):
-        verdict = f"Both are lower bounds; these rows do not tell them apart at {SURE:g} standard errors."
+    elif not told_from_zero(off, error, len(difference)):
+        verdict = "Both are lower bounds in expectation; these rows do not tell them apart."
     elif off > 0:
         verdict = (
-            f"Both are lower bounds, and annealing is higher by {figure(off, error)} nats: importance sampling misses "
-            "that much of log p(x), or more."
+            f"Both are lower bounds in expectation, and annealing is higher by {figure(off, error)} nats: importance "
+            "sampling misses about that much of log p(x), or more."
         )
     else:
         verdict = (
-            f"Both are lower bounds, and importance sampling is higher by {figure(-off, error)} nats: annealing has "
-            "not come as far; more --temperatures would bring it closer."
+            f"Both are lower bounds in expectation, and importance sampling is higher by {figure(-off, error)} nats: "
+            "annealing has not come as far; more --temperatures would bring it closer."
         )
     accepted = float(annealed.acceptance.mean())
     chains = f"{annealed.chains} chains, {annealed.temperatures} temperatures"
@@ -96,7 +97,7 @@ def of_gaps(found: Gaps, total: int) -> Finding:
     )
     elbo, log_prob = mean_and_error(found.elbo), mean_and_error(found.log_prob)
     won = {name: mean_and_error(each) for name, each in gains.items()}
-    short = approximation[0] < 0 and told_from_zero(*approximation)
+    short = approximation[0] < 0 and told_from_zero(*approximation, len(found.elbo))
     warning = " A refined q lies above log p(x): take more --samples or --temperatures." if short else ""
     return Finding(
         title="Inference gaps",
@@ -108,7 +109,10 @@ def of_gaps(found: Gaps, total: int) -> Finding:
             ("amortization", f"{figure(*amortization)} nats ({_REMEDIES['own']}, could win it)"),
             ("approximation", f"{figure(*approximation)} nats (q's family, at its best for each row)"),
             *(
-                (f"{_FAMILIES.get(name, name)} would win", f"{figure(*each)} nats, refined for each row")
+                (
+                    f"gain of {_FAMILIES.get(name, name)}",
+                    f"{figure(*each)} nats over q's family, both at their best for each row",
+                )
                 for name, each in won.items()
                 if name != "own"
             ),
@@ -139,15 +143,15 @@ def of_gaps(found: Gaps, total: int) -> Finding:
 
 def _remedy(gains: Mapping[str, Tensor]) -> str:
     """The remedy that would help most, if its gain is told from none, and whether it is told from the next."""
-    won = {name: mean_and_error(each) for name, each in gains.items()}
-    helpful = [name for name, (mean, error) in won.items() if mean > 0 and told_from_zero(mean, error)]
+    won, rows = {name: mean_and_error(each) for name, each in gains.items()}, len(gains["own"])
+    helpful = [name for name, (mean, error) in won.items() if mean > 0 and told_from_zero(mean, error, rows)]
     if not all(math.isfinite(error) for _, error in won.values()):
         return _NO_ERROR
     if not helpful:
-        return f"No remedy's gain is told from none at {SURE:g} standard errors."
+        return "No remedy's gain is told from none by these rows."
     first, *others = sorted(won, key=lambda name: -won[name][0] if name in helpful else math.inf)
     verdict = f"What would help most: {_REMEDIES.get(first, first)}, by {figure(*won[first])} nats."
-    ties = [name for name in others if not told_from_zero(*mean_and_error(gains[first] - gains[name]))]
+    ties = [name for name in others if not told_from_zero(*mean_and_error(gains[first] - gains[name]), rows)]
     tied = " and ".join(_REMEDIES.get(name, name) for name in ties)
     return f"{verdict} These rows do not tell it from {tied}." if ties else verdict
 
