@@ -28,7 +28,9 @@ from aevb import (
     StandardNormal,
 )
 from aevb.build import POSTERIORS, PRIORS
+from aevb.evaluate import gaps
 from aevb.evaluate.gaps import Gaps, inference_gaps
+from aevb.evaluate.path import Path, RowNoise
 from gaussians import factorized
 from test_annealing import by_grid
 from test_known_answers import Linear, chain, linear
@@ -237,6 +239,28 @@ def test_a_posterior_without_a_mean():
     torch.manual_seed(0)
     found = inference_gaps(simple(Affine(MLP(5, [], 4))), X, families=(), temperatures=0, samples=100, steps=50)
     assert bool((found.amortization > 0).all())
+
+
+def test_draws_at_the_edge_of_a_support_do_not_spoil_the_start():
+    """A log-normal's draws underflow to 0, which is infinitely far on the reals."""
+    torch.manual_seed(0)
+    observed = {"x": torch.ones(1, 5)}
+    p = BayesNet({"z": Rate(None), "x | z": Bernoulli(MLP(1, [4], 5))})
+    own = gaps._Own(VAE(p, BayesNet({"z | x": Far(MLP(5, [], 1))})), observed)
+    path = Path(own.vae, observed, {"z": torch.Size([1])}, "prior")
+    noise = RowNoise([b"row"], "edge")
+    assert bool(path.to_reals(own.draw(64, noise)).isinf().any())
+    mean, spread = gaps._moments(own, path, noise)
+    assert bool(mean.isfinite().all() & spread.isfinite().all() & (spread > 0).all())
+
+
+class Far(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> td.Distribution:
+        return td.Independent(td.LogNormal(self.net(x) - 500.0, 200.0, validate_args=False), 1)
 
 
 def classes() -> VAE:

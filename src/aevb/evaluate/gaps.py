@@ -272,9 +272,7 @@ def _climbed(vae: VAE, observed: Values, keys: list[bytes], plan: _Climb) -> dic
     found["own"] = _judge(own, plan, RowNoise(keys, "own judged"))
     if plan.families:
         path = Path(vae, observed, latents_of(vae, observed), "prior")
-        with torch.no_grad():
-            around = path.to_reals(own.draw(_MOMENTS, RowNoise(keys, "moments")))
-        full = _Full(path, around.mean(0), around.std(0))
+        full = _Full(path, *_moments(own, path, RowNoise(keys, "moments")))
         _climb(full, plan, keys, "full")
         if "full" in plan.families:
             found["full"] = _judge(full, plan, RowNoise(keys, "full judged"))
@@ -283,6 +281,15 @@ def _climbed(vae: VAE, observed: Values, keys: list[bytes], plan: _Climb) -> dic
             _climb(flow, plan, keys, "flow")
             found["flow"] = _judge(flow, plan, RowNoise(keys, "flow judged"))
     return found
+
+
+@torch.no_grad()
+def _moments(q: _Own, path: Path, noise: RowNoise) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation on the reals, `(N, D)`, by the draws that do not round to the edge of a support."""
+    drawn = torch.cat([path.to_reals(q.draw(_BLOCK, noise)) for _ in range(_MOMENTS // _BLOCK)])
+    drawn = torch.where(drawn.isfinite(), drawn, math.nan)
+    mean = drawn.nanmean(0)
+    return mean, (drawn - mean).square().nanmean(0).sqrt()
 
 
 def _climb(q: _Tuned, plan: _Climb, keys: list[bytes], stage: str) -> None:
