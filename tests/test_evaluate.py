@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 import subprocess
 import sys
@@ -156,6 +157,44 @@ def test_each_row_is_encoded_once(posterior, pack):
     expected = collections.Counter(tuple(row.tolist()) for row in x)
     expected[tuple(x[0].tolist())] += 1
     assert seen == expected
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_rows_shared_out_among_threads_have_the_figures_of_one(compile):
+    vae, x = MODELS["diagonal"](), binary(23)
+    before, found = torch.get_num_threads(), {}
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found[threads] = aevb.log_marginal(vae, {"x": x}, 700, pack=1024, compile=compile)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert_same(found[2], found[1], slice(None))
+    assert_same(found[3], found[1], slice(None))
+
+
+def test_an_error_in_one_thread_is_the_callers(monkeypatch):
+    vae, x = MODELS["diagonal"](), binary(16)
+    vae.p.conditional("x").net.register_forward_hook(_raise_past(4))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="call"):
+            aevb.log_marginal(vae, {"x": x}, 300, pack=512)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def _raise_past(calls: int):
+    seen = itertools.count(1)
+
+    def hook(*_: object) -> None:
+        if (number := next(seen)) > calls:
+            raise RuntimeError(f"call {number}")
+
+    return hook
 
 
 class Sign(nn.Module):

