@@ -125,7 +125,7 @@ def test_damage_is_recognised_and_the_older_checkpoint_used(tmp_path, damage, na
     for tensor, value in first.vae.state_dict().items():
         assert torch.equal(value, again.vae.state_dict()[tensor])
     DAMAGES[damage](tmp_path / "checkpoint-000001" / name)
-    with pytest.raises(aevb.InputError, match=r"No checkpoint of .* is whole"):
+    with pytest.raises(aevb.InputError, match=r"No checkpoint of .* can be used"):
         aevb.load(tmp_path)
 
 
@@ -135,12 +135,37 @@ def test_a_folder_that_is_no_run_is_named(tmp_path) -> None:
             aevb.load(folder)
 
 
-def test_another_format_is_named(tmp_path, monkeypatch) -> None:
+def test_another_format_is_named_and_passed_over(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("aevb.checkpoint._FORMAT", 99)
-    aevb.save(_run(), tmp_path)
+    aevb.save(_run(), tmp_path / "other")
     monkeypatch.undo()
-    with pytest.raises(aevb.InputError, match="format 99; this version reads format 1"):
-        aevb.load(tmp_path)
+    with pytest.raises(aevb.InputError, match="format 99, and this version reads format 1"):
+        aevb.load(tmp_path / "other")
+    aevb.save(_run(), tmp_path / "both")
+    (tmp_path / "other" / "checkpoint-000001").rename(tmp_path / "both" / "checkpoint-000002")
+    with pytest.warns(UserWarning, match="checkpoint-000002: it is of format 99.*using checkpoint-000001"):
+        aevb.load(tmp_path / "both")
+
+
+def test_a_foreign_or_half_copied_checkpoint_is_passed_over(tmp_path) -> None:
+    run = _run()
+    newest = aevb.save(run, tmp_path)
+    foreign, half = tmp_path / "checkpoint-000008", tmp_path / "checkpoint-000009"
+    foreign.mkdir()
+    (foreign / "checksums.json").write_text('{"../../elsewhere": "0"}')
+    half.mkdir()
+    (half / "run.json").write_bytes((newest / "run.json").read_bytes())
+    told = "checkpoint-000009: checksums.json is missing; checkpoint-000008: it is not one of aevb's"
+    with pytest.warns(UserWarning, match=told):
+        again = aevb.load(tmp_path)
+    for tensor, value in run.vae.state_dict().items():
+        assert torch.equal(value, again.vae.state_dict()[tensor])
+
+
+def test_as_many_checkpoints_are_kept_as_are_asked_for(tmp_path) -> None:
+    for _ in range(5):
+        aevb.save(_run(), tmp_path, keep=3)
+    assert sorted(each.name for each in tmp_path.iterdir()) == [f"checkpoint-00000{number}" for number in (3, 4, 5)]
 
 
 class _Fault:

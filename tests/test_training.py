@@ -401,7 +401,7 @@ def test_models_of_one_process_do_not_share_a_limit(caplog) -> None:
 
 
 def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -> None:
-    monkeypatch.setattr("aevb.training.loop.can_compile", lambda: "no C++ compiler was found")
+    monkeypatch.setattr("aevb.training.tiers.can_compile", lambda: "no C++ compiler was found")
     run = aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=5, compile=True))
     assert "Training runs eagerly, not compiled: no C++ compiler was found." in caplog.text
     assert run.history[-1]["step"] == 5

@@ -25,11 +25,14 @@ def can_compile() -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:
-    """One graph of a function, made at its first call, for inputs of one size; `options` are inductor's."""
+def compiled(function: Callable[..., Any], *, whole: bool = True, **options: bool) -> Callable[..., Any]:
+    """A function compiled at its first call, for inputs of one size; `options` are inductor's.
+
+    It is one graph or, unless `whole`, several, with what cannot be compiled run between them.
+    """
     # tanh x = 2 / (1 + exp(-2 x)) - 1, right to 2e-7: a third of the time of the library's, right to the last digit.
     graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        function, fullgraph=True, dynamic=False, options={"cpp.use_decompose_tanh": True} | options,
+        function, fullgraph=whole, dynamic=False, options={"cpp.use_decompose_tanh": True} | options,
         recompile_limit=_VERSIONS,
     )  # fmt: skip
     return graph

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,11 @@ from aevb.bayesnet import VAE
 from aevb.build import build_vae
 from aevb.config import InputError, ModelConfig, TrainConfig
 
-__all__ = ["Run", "explained", "load", "load_weights", "save", "write_atomically"]
+__all__ = ["Run", "explained", "holds_nothing", "load", "load_weights", "made_here", "save", "write_atomically"]
 
 _FORMAT = 1
-_KEPT = 2
 _SUMS = "checksums.json"
+_WEIGHTS, _RECORD, _TRAINING = "model.safetensors", "run.json", "training.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,17 @@ class Run:
     history: list[dict[str, Any]]  # one record a log interval, nats a datum
     path: Path | None = None  # folder on disk
     data: dict[str, Any] = field(default_factory=dict)  # what it was trained on, in words
+    made: dict[str, str] = field(default_factory=dict)  # versions and machine that trained it
     resume: dict[str, Any] = field(default_factory=dict, repr=False)  # `tensors` and `numbers` training goes on from
 
 
-def save(run: Run, path: str | Path | None = None) -> Path:
-    """Write a new checkpoint of `run` and drop all but the last two.
+def save(run: Run, path: str | Path | None = None, *, keep: int = 2) -> Path:
+    """Write a new checkpoint of `run` and drop all but the newest ones.
 
     Args:
         run: What to save.
         path: Folder of the run; `run.path` if None.
+        keep: How many checkpoints stay, the new one among them.
 
     Returns:
         The checkpoint's folder.
@@ -77,15 +80,46 @@ def save(run: Run, path: str | Path | None = None) -> Path:
         "aliases": aliases,
         "train": run.config.to_json(),
         "data": run.data,
+        "made": run.made,
         "history": run.history,
         "resume": run.resume.get("numbers", {}),
     }
-    files = {"model.safetensors": safetensors.torch.save(weights), "run.json": json.dumps(record, indent=1).encode()}
+    files = {_WEIGHTS: safetensors.torch.save(weights), _RECORD: json.dumps(record, indent=1).encode()}
     if run.resume:
-        files["training.safetensors"] = safetensors.torch.save(run.resume["tensors"])
+        files[_TRAINING] = safetensors.torch.save(run.resume["tensors"])
     files[_SUMS] = json.dumps({name: hashlib.sha256(content).hexdigest() for name, content in files.items()}).encode()
     with explained(target):
-        return _write(target, files)
+        return _write(target, files, keep)
+
+
+def made_here() -> dict[str, str]:
+    """Versions and machine that a run is trained with."""
+    import aevb
+
+    return {
+        "aevb": aevb.__version__, "torch": str(torch.__version__), "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}", "processor": _processor(),
+    }  # fmt: skip
+
+
+def _processor() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "unknown")
+    except OSError:
+        return platform.processor() or "unknown"
+
+
+def holds_nothing(path: Path) -> bool:
+    """Whether a folder is absent, or holds only what a run left that was killed before its first checkpoint."""
+    if not path.exists():
+        return True
+    left = ("history.csv", ".history.csv.partial")
+    return path.is_dir() and all(
+        each.name in left or (each.name.startswith(".checkpoint-") and each.name.endswith(".partial"))
+        for each in path.iterdir()
+    )
 
 
 def load(path: str | Path, vae: VAE | None = None) -> Run:
@@ -102,15 +136,18 @@ def load(path: str | Path, vae: VAE | None = None) -> Run:
     target = Path(path)
     folders = _checkpoints(target)
     if not folders:
+        stopped = target.is_dir() and holds_nothing(target) and any(target.iterdir())
         raise InputError(
-            f"`{target}` is not a run: it holds no checkpoint. Give the folder that `aevb train --out` wrote."
+            f"`{target}` is not a run: it holds no checkpoint. "
+            + ("It was stopped before its first; train anew into it." if stopped else "")
+            + ("" if stopped else "Give the folder that `aevb train --out` wrote.")
         )
     faults = []
     for folder in reversed(folders):
         try:
             files = _read(folder)
         except (OSError, ValueError) as error:
-            faults.append(f"{folder.name}: {error}")
+            faults.append(f"{folder.name}: {_fault(error)}")
             continue
         if faults:
             warnings.warn(
@@ -118,8 +155,18 @@ def load(path: str | Path, vae: VAE | None = None) -> Run:
             )
         return _restore(target, files, vae)
     raise InputError(
-        f"No checkpoint of `{target}` is whole ({'; '.join(faults)}). Restore the folder from a copy, or train again."
+        f"No checkpoint of `{target}` can be used ({'; '.join(faults)}). Restore the folder from a copy, load it with "
+        "the aevb that wrote it, or train again."
     )
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a checkpoint, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return "a file is not JSON"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -139,7 +186,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             _sync_folder(path.parent)
 
 
-def _write(target: Path, files: Mapping[str, bytes]) -> Path:
+def _write(target: Path, files: Mapping[str, bytes], keep: int) -> Path:
     fresh = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     before = _checkpoints(target)
@@ -158,7 +205,7 @@ def _write(target: Path, files: Mapping[str, bytes]) -> Path:
         if fresh and not final.exists():
             shutil.rmtree(target, ignore_errors=True)
         raise
-    for old in before[: len(before) + 1 - _KEPT]:
+    for old in before[: max(0, len(before) + 1 - keep)]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -197,23 +244,21 @@ def _checkpoints(target: Path) -> list[Path]:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint; raises for one that is not whole, or not of this format."""
     sums = json.loads((folder / _SUMS).read_bytes())
+    if not isinstance(sums, dict) or not {_WEIGHTS, _RECORD} <= set(sums) <= {_WEIGHTS, _RECORD, _TRAINING}:
+        raise ValueError("it is not one of aevb's")
     files = {name: (folder / name).read_bytes() for name in sums}
     for name, content in files.items():
         if hashlib.sha256(content).hexdigest() != sums[name]:
             raise ValueError(f"the checksum of {name} does not hold")
-    if not {"model.safetensors", "run.json"} <= set(files):
-        raise ValueError("files are missing")
+    if (found := json.loads(files[_RECORD]).get("format")) != _FORMAT:
+        raise ValueError(f"it is of format {found}, and this version reads format {_FORMAT}")
     return files
 
 
 def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
-    record = json.loads(files["run.json"])
-    if record["format"] != _FORMAT:
-        raise InputError(
-            f"`{target}` is of format {record['format']}; this version reads format {_FORMAT}. "
-            "Load it with the aevb that wrote it."
-        )
+    record = json.loads(files[_RECORD])
     if vae is None:
         if record["model"] is None:
             keys = ", ".join(map(repr, (*record["factors"]["p"], *record["factors"]["q"])))
@@ -227,12 +272,12 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
         raise InputError(
             f"`vae` has the factors {factors}, the run `{target}` {record['factors']}. Build it as it was saved."
         )
-    weights = safetensors.torch.load(files["model.safetensors"])
+    weights = safetensors.torch.load(files[_WEIGHTS])
     weights |= {alias: weights[name] for alias, name in record["aliases"].items()}
     load_weights(vae, weights, f"the run `{target}`")
     resume = {}
-    if "training.safetensors" in files:
-        resume = {"tensors": safetensors.torch.load(files["training.safetensors"]), "numbers": record["resume"]}
+    if _TRAINING in files:
+        resume = {"tensors": safetensors.torch.load(files[_TRAINING]), "numbers": record["resume"]}
     vae.eval()  # as `fit` left it
     return Run(
         vae=vae,
@@ -240,6 +285,7 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
         history=record["history"],
         path=target,
         data=record["data"],
+        made=record.get("made", {}),
         resume=resume,
     )
 
@@ -249,7 +295,7 @@ def _factors(vae: VAE) -> dict[str, list[str]]:
 
 
 def _dtype(files: Mapping[str, bytes]) -> torch.dtype:
-    kinds = [value.dtype for value in safetensors.torch.load(files["model.safetensors"]).values()]
+    kinds = [value.dtype for value in safetensors.torch.load(files[_WEIGHTS]).values()]
     return next(kind for kind in kinds if kind.is_floating_point)
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Noise",
     "Optimizer",
     "Posterior",
+    "Precision",
     "Prior",
     "TrainConfig",
 ]
@@ -40,6 +41,7 @@ Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 Gradient = Literal["plain", "stl", "dreg"]
 Discrete = Literal["sum", "sample", "relax"]
+Precision = Literal["float32", "bfloat16"]
 
 MAX_LATENTS = 10_000
 
@@ -224,9 +226,15 @@ class TrainConfig(_Checked):
     log_every: int = 100
     """Updates between two rows of the history."""
     checkpoint_every: int = 5_000
-    """Updates between two checkpoints, where there is a folder to write to."""
-    compile: bool = False
-    """Compile the whole update (bound, gradient, clipping, optimizer, averaging) into one program."""
+    """Updates between two checkpoints, where there is a folder to write to; there is one before the first, too."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept; each holds the best weights so far."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the update (bound, gradient, clipping, optimizer, averaging) into one program, or, where a net does not
+    allow it, the loss alone. auto: where the steps and the size of the model promise more than two minutes."""
+    precision: Precision = "float32"
+    """Of matrix products; bfloat16 has effect where the processor or GPU has units for it. Weights, log-densities and
+    KLs are float32 either way."""
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -235,7 +243,20 @@ class TrainConfig(_Checked):
         self._check_choice("schedule", Schedule)
         self._check_choice("gradient", Gradient)
         self._check_choice("discrete", Discrete)
-        for name in ("steps", "batch_size", "samples", "kl_cycles", "validate_every", "log_every", "checkpoint_every"):
+        self._check_choice("precision", Precision)
+        self._check(
+            "compile", "true, false or auto", self.compile in (True, False, "auto"), "auto decides by the size."
+        )
+        for name in (
+            "steps",
+            "batch_size",
+            "samples",
+            "kl_cycles",
+            "validate_every",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             self._check(name, "at least 1", getattr(self, name) >= 1, "Give a positive whole number.")
         for name in ("warmup_steps", "kl_warmup_steps", "free_bits_groups", "patience", "seed"):
             self._check(name, "at least 0", getattr(self, name) >= 0, "Give zero to switch it off.")

@@ -148,8 +148,9 @@ def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, A
     import torch
 
     from aevb.build import build_vae
+    from aevb.checkpoint import holds_nothing
 
-    if out.exists():
+    if not holds_nothing(out):
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
     data = load_data(source)
     described = model_config(model, data)
@@ -189,6 +190,7 @@ def _fit(
     vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, resume: bool,
     progress: Callable[[dict[str, Any]], None], describe: dict[str, Any],
 ) -> Run:  # fmt: skip
+    from aevb.checkpoint import holds_nothing
     from aevb.training import fit
 
     try:
@@ -202,9 +204,13 @@ def _fit(
             progress=progress,
             describe=describe,
         )
-    except KeyboardInterrupt:
-        if out.exists():
-            raise KeyboardInterrupt(f"A checkpoint is in {out}; go on with: aevb train --resume {out}") from None
+    except (KeyboardInterrupt, SystemExit) as stop:
+        told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
+        if holds_nothing(out):
+            raise
+        if isinstance(stop, KeyboardInterrupt):
+            raise KeyboardInterrupt(told) from None
+        print(f"aevb: stopped. {told}", file=sys.stderr)
         raise
 
 

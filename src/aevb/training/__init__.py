@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aevb.config import TrainConfig
-from aevb.training.loop import OBJECTIVES, Dataset, fit, split_rows
+from aevb.training.batches import Dataset, split_rows
+from aevb.training.loop import OBJECTIVES, fit
 
 __all__ = ["OBJECTIVES", "Dataset", "TrainConfig", "fit", "split_rows"]

@@ -33,16 +33,18 @@ class History:
         self.path = None if out is None else out / "history.csv"
         self.started = False
 
+    def take_up(self, records: list[dict[str, Any]]) -> None:
+        """Go on from a checkpoint's records; what the file has past them is not the run's."""
+        self.records[:] = records
+        self._rewrite()
+
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record, and append it to the file."""
         self.records.append(record)
         if self.path is None:
             return
-        if not self.started:  # also after a resume: rows past the checkpoint are not the run's
-            write_atomically(
-                self.path, _lines([dict(zip(self.columns, self.columns, strict=True)), *self.records], self.columns)
-            )
-            self.started = True
+        if not self.started:
+            self._rewrite()
             return
         try:
             with open(self.path, "ab") as file:
@@ -52,6 +54,12 @@ class History:
                 f"Could not write `{self.path}`: {error.strerror}. Free space; the run can be resumed from its last "
                 "checkpoint, if it has one."
             ) from error
+
+    def _rewrite(self) -> None:
+        if self.path is not None:
+            heading = dict(zip(self.columns, self.columns, strict=True))
+            write_atomically(self.path, _lines([heading, *self.records], self.columns))
+            self.started = True
 
 
 def _lines(records: list[dict[str, Any]], columns: tuple[str, ...]) -> bytes:
@@ -68,25 +76,26 @@ def _cell(record: Mapping[str, Any], column: str) -> Any:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a request to stop after the current step; the second stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: BaseException | None = None  # what to raise once the step is done
 
     def __enter__(self) -> Self:
-        self._own = threading.current_thread() is threading.main_thread()
-        if self._own:
-            self._before = signal.signal(signal.SIGINT, self._ask)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._own:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+        stop = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+        if self.asked is not None:
+            raise stop
+        self.asked = stop
 
 
 def dead_dimensions(kl_dims: Mapping[str, list[float]]) -> dict[str, list[int]]:

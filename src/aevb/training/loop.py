@@ -15,40 +15,27 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import can_compile
-from aevb._shapes import rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
-from aevb.checkpoint import Run, explained, load, load_weights, save
-from aevb.config import Discrete, InputError, TrainConfig
+from aevb.checkpoint import Run, explained, holds_nothing, load, load_weights, made_here, save
+from aevb.config import Discrete, InputError, Precision, TrainConfig
+from aevb.training.batches import Arrays, Dataset, Order, key, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.step import OBJECTIVES, Objective, Step, check_memory
-from aevb.training.updates import OptimizerState, update_eagerly
+from aevb.training.tiers import Tiers, wanted_tier
+from aevb.training.updates import OptimizerState
 
-__all__ = ["OBJECTIVES", "Dataset", "fit", "split_rows"]
+__all__ = ["OBJECTIVES", "fit"]
 
 _log = logging.getLogger("aevb")
 _CHUNK = 8192
 _MOST_DROPPED = 20
 """Non-finite steps in a row that end a run."""
-
-
-@runtime_checkable
-class Dataset(Protocol):
-    """Rows by index, for data that are not plain arrays in memory."""
-
-    def __len__(self) -> int:
-        """Rows."""
-        ...
-
-    def take(self, indices: Tensor) -> Mapping[str, Tensor]:
-        """Nodes by name at `indices` `(B,)`, each `(B, *event)`; what it draws comes from torch's generator."""
-        ...
 
 
 def fit(
@@ -88,6 +75,7 @@ def fit(
         InputError: For data the model cannot take, a batch that cannot fit memory, or an `out` that exists.
         FloatingPointError: If too many steps in a row are not finite; names the term, the rows and the parameters.
         KeyboardInterrupt: On Ctrl-C, after a checkpoint was written to `out`.
+        SystemExit: On SIGTERM, likewise, with status 143.
 
     Example:
         >>> import aevb
@@ -100,44 +88,28 @@ def fit(
     """
     config = config or TrainConfig()
     target = None if out is None else Path(out)
-    if target is not None and target.exists() and not resume:
+    if target is not None and not resume and not holds_nothing(target):
         raise InputError(f"`{target}` exists already; a run is never overwritten. Choose another folder, or resume it.")
     if resume and target is None:
         raise InputError("`resume` needs the folder of the run in `out`.")
     if target is not None and not resume:
         with explained(target):
-            target.mkdir(parents=True)
+            target.mkdir(parents=True, exist_ok=True)
+    trainer = None
     try:
         with torch.random.fork_rng(), Interrupt() as interrupt:
             trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}), validation)
             if resume:
                 trainer.restore()
+            elif target is not None:
+                trainer.checkpoint()  # so that from here on the run can be resumed, whatever stops it
             trainer.train(interrupt, progress)
             return trainer.finish()
-    except BaseException:
-        # Without a checkpoint the folder is no run, and would only stand in the way of the next try.
-        if target is not None and not resume and not any(target.glob("checkpoint-*")):
+    except Exception:
+        # What failed before its first step would only stand in the way of the next try.
+        if target is not None and not resume and (trainer is None or trainer.step == 0):
             shutil.rmtree(target, ignore_errors=True)
         raise
-
-
-class _Arrays:
-    """Arrays in memory, in their own dtype; a batch is one index."""
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        if not isinstance(data, Mapping):
-            raise InputError(
-                f"`data` must map node names to arrays, or have len and take(indices); got {type(data).__name__}. "
-                "Write {'x': x}."
-            )
-        self.values = {name: torch.as_tensor(value) for name, value in data.items()}
-        self.rows = rows_of(self.values)
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def take(self, indices: Tensor) -> dict[str, Tensor]:
-        return {name: value.index_select(0, indices.to(value.device)) for name, value in self.values.items()}
 
 
 class _Trainer:
@@ -148,25 +120,26 @@ class _Trainer:
         out: Path | None, describe: dict[str, Any], validation: Mapping[str, Any] | Dataset | None = None,
     ) -> None:  # fmt: skip
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
-        self.data = data if isinstance(data, Dataset) else _Arrays(data)
+        self.data = data if isinstance(data, Dataset) else Arrays(data)
         self.judged = self.data
         self.training, self.held_out = split_rows(len(self.data), config)
         if validation is not None:
-            self.judged = validation if isinstance(validation, Dataset) else _Arrays(validation)
+            self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
             self.training, self.held_out = torch.arange(len(self.data)), torch.arange(len(self.judged))
-        self.batch_size = min(config.batch_size, len(self.training))
+        self.order = Order(self.training, config.batch_size, config.seed)
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not params:
             raise InputError("`vae` has no parameters to train. Give p or q a conditional with a net.")
         self.reference = params[0]
-        check_memory(vae, self.batch_size * config.samples)
-        self.orders: dict[int, Tensor] = {}
+        check_memory(vae, self.order.batch_size * config.samples)
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
         self.told = str(name)
         self.inner = Step(vae, objective, self.state, config, self._check_data(), len(self.training))
         self.inner.measure(self.batch(0))
+        tier = wanted_tier(config, vae, self.order.batch_size)
+        self.tiers = Tiers(self.inner, config, tier, self.reference.device)
         self.history = History([], out)
         self.step = 0
         self.best: dict[str, Tensor] | None = None
@@ -178,45 +151,39 @@ class _Trainer:
     def batch(self, step: int) -> dict[str, Tensor]:
         """The rows of one step, torch's generator seeded for it."""
         self._seed("step", step)
-        size, count = self.batch_size, len(self.training)
-        first, last = step * size, (step + 1) * size
-        parts = []
-        for epoch in range(first // count, (last - 1) // count + 1):
-            order = self._order(epoch)
-            parts.append(order[max(0, first - epoch * count) : last - epoch * count])
-        return self._take(self.data, torch.cat(parts) if len(parts) > 1 else parts[0])
-
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self.orders:
-            generator = torch.Generator().manual_seed(_key(self.config.seed, "epoch", epoch))
-            order = self.training[torch.randperm(len(self.training), generator=generator)]
-            # A batch spans two epochs at most, where it does not hold several whole ones.
-            self.orders = {e: o for e, o in self.orders.items() if e == epoch - 1} | {epoch: order}
-        return self.orders[epoch]
+        return self._take(self.data, self.order.batch(step))
 
     def _take(self, data: Dataset, indices: Tensor) -> dict[str, Tensor]:
         taken = self.vae.p.to_states(data.take(indices))
         return {name: value.to(self.reference) for name, value in taken.items()}
 
     def _seed(self, purpose: str, number: int) -> None:
-        key = _key(self.config.seed, purpose, number)
-        torch.default_generator.manual_seed(key)  # torch.manual_seed, which asks every backend, takes 90 times as long
+        number = key(self.config.seed, purpose, number)
+        torch.default_generator.manual_seed(
+            number
+        )  # torch.manual_seed, which asks every backend, takes 90 times as long
         if self.reference.device.type == "cuda":
-            torch.cuda.manual_seed(key)
+            torch.cuda.manual_seed(number)
 
     def _check_data(self) -> tuple[str, ...]:
-        """See every row once before training; returns the names that have holes."""
+        """See every row once before training; returns the names that have holes, and keeps the rows' fingerprint."""
         self._seed("check", 0)
         holes: set[str] = set()
+        digest = hashlib.blake2b(digest_size=16)
         for data in (self.data, *([] if self.judged is self.data else [self.judged])):
             for indices in torch.arange(len(data)).split(_CHUNK):
-                holes.update(holes_in(prepare(self.vae, data.take(indices))))
+                taken = data.take(indices)
+                holes.update(holes_in(prepare(self.vae, taken)))
+                for name in sorted(taken):
+                    digest.update(name.encode())
+                    digest.update(taken[name].detach().cpu().contiguous().numpy().data)
+        self.fingerprint = digest.hexdigest()
         return tuple(sorted(holes))
 
     def train(self, interrupt: Interrupt, progress: Callable[[dict[str, Any]], None] | None) -> None:
         """Step until the last step, until validation stops improving, or until asked to stop."""
         self.vae.train()
-        with self._stepper() as take_step:
+        with _products(self.config.precision), self.tiers.ready() as take_step:
             began, dropped_in_row = time.monotonic() - self.seconds, 0
             while self.step < self.config.steps and not self.finished:
                 rate, weight = self._rate(self.step), self._kl_weight(self.step)
@@ -231,10 +198,10 @@ class _Trainer:
                 self.step += 1
                 self.seconds = time.monotonic() - began
                 self._at_step(rate, weight, progress)
-                if interrupt.asked:
+                if interrupt.asked is not None:
                     if self.out is not None:
                         self.checkpoint()
-                    raise KeyboardInterrupt
+                    raise interrupt.asked
 
     def _at_step(self, rate: float, weight: float, progress: Callable[[dict[str, Any]], None] | None) -> None:
         config, last = self.config, self.step == self.config.steps
@@ -242,7 +209,10 @@ class _Trainer:
         if len(self.held_out) and (self.step % config.validate_every == 0 or last):
             validation = self._validate()
         if self.step % config.log_every == 0 or last or self.finished:
-            record: dict[str, Any] = {"step": self.step, "epoch": self.step * self.batch_size / len(self.training)}
+            record: dict[str, Any] = {
+                "step": self.step,
+                "epoch": self.step * self.order.batch_size / len(self.training),
+            }
             record |= self.inner.meter.read()
             # A node with one value for the data set is no code of a datum.
             record["dead"] = dead_dimensions({n: k for n, k in record["kl_dims"].items() if n not in self.vae.shared})
@@ -270,36 +240,6 @@ class _Trainer:
                 _log.warning("%s", told_collapse(node, self.step, record["kl_weight"]))
             elif dims and ended and not whole:
                 _log.info("%s", told_dead(node, dims, self.inner.meter.groups[node]))
-
-    @contextlib.contextmanager
-    def _stepper(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
-        reason = can_compile() if self.config.compile else None
-        if not self.config.compile or reason:
-            if reason:
-                _log.warning("Training runs eagerly, not compiled: %s.", reason)
-            yield self.inner
-            return
-        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-        rate, weight = torch.zeros((), device=self.reference.device), torch.zeros((), device=self.reference.device)
-        with self.inner.compiling() as graph:
-            compiled = True
-
-            def take_step(values: dict[str, Tensor], rate_now: float, weight_now: float) -> None:
-                nonlocal compiled
-                if compiled:
-                    rate.fill_(rate_now)
-                    weight.fill_(weight_now)
-                    try:
-                        graph(values, rate, weight)
-                        return
-                    except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-                        compiled = False  # raised before anything of the graph has run
-                        self.inner.update = update_eagerly
-                        _log.warning("Training runs eagerly, not compiled: %s.", str(error).strip().splitlines()[0])
-                self.inner(values, rate_now, weight_now)
-
-            yield take_step
 
     def _rate(self, step: int) -> float:
         """Learning rate of the update after `step` updates."""
@@ -400,10 +340,11 @@ class _Trainer:
             "finished": self.finished, "since_log": self.inner.meter.steps, "rows": len(self.data),
             "held_out": len(self.held_out), "objective": self.told, "collapsed": sorted(self.collapsed),
             "threads": torch.get_num_threads(),
-            "device": str(self.reference.device),
+            "device": str(self.reference.device), "tier": self.tiers.tier, "fingerprint": self.fingerprint,
         }  # fmt: skip
         return Run(
             vae=self.vae, config=self.config, history=self.history.records, path=self.out, data=self.describe,
+            made=made_here(),
             resume={"tensors": {name: value.clone() for name, value in tensors.items()}, "numbers": numbers},
         )  # fmt: skip
 
@@ -411,7 +352,7 @@ class _Trainer:
         """Save the kept weights, and all that training needs to go on."""
         run = self.run()
         with self._showing(self.kept()):
-            save(run)
+            save(run, keep=self.config.keep_checkpoints)
 
     def restore(self) -> None:
         """Take up the newest checkpoint in `out`."""
@@ -434,14 +375,14 @@ class _Trainer:
         self.inner.meter.sums.copy_(tensors["meter/sums"])
         self.inner.meter.dropped.copy_(tensors["meter/dropped"])
         self.inner.meter.steps = numbers["since_log"]
-        self.history.records[:] = found.history
+        self.history.take_up(found.history)
         self.describe = self.describe or found.data
 
     def _check_resumable(self, found: Run) -> None:
         if not found.resume:
             raise InputError(f"`{self.out}` holds weights but no state of training. Train anew, into another folder.")
         ours, theirs = self.config.to_json(), found.config.to_json()
-        free = {"patience", "log_every", "checkpoint_every"}
+        free = {"patience", "log_every", "checkpoint_every", "keep_checkpoints"}
         # else the rate, or the weight of the KL, depends on how many steps are to come
         if self.config.schedule == "constant" and self.config.kl_cycles == 1:
             free.add("steps")
@@ -459,12 +400,21 @@ class _Trainer:
             "threads": torch.get_num_threads(),
             "device": str(self.reference.device),
         }
+        if found.made and (odd := [name for name, value in made_here().items() if found.made.get(name) != value]):
+            told = ", ".join(f"{name} was {found.made.get(name)}, is {made_here()[name]}" for name in odd)
+            _log.warning("The run goes on elsewhere than it began (%s); its last digits may differ.", told)
         for name, value in here.items():
             if numbers.get(name, value) != value:
                 raise InputError(
                     f"`{self.out}` was trained with {name} {numbers[name]}, now {value}; the run would not be the "
                     f"same. Resume it with the same {name} (threads: torch.set_num_threads, or OMP_NUM_THREADS)."
                 )
+        if numbers.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise InputError(
+                f"The data are not those that `{self.out}` was trained on: their content is another. Restore them, or "
+                "train anew."
+            )
+        self.tiers.go_on_in(numbers.get("tier", self.tiers.tier))
 
     def finish(self) -> Run:
         """Leave the model with the kept weights, and save."""
@@ -474,22 +424,20 @@ class _Trainer:
             load_weights(self.vae, weights, "its own best weights")
         self.vae.eval()
         if self.out is not None:
-            save(run)
+            save(run, keep=self.config.keep_checkpoints)
         return run
 
 
-def _key(seed: int, purpose: str, number: int) -> int:
-    digest = hashlib.blake2b(f"{seed} {purpose} {number}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def split_rows(rows: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Indices of the rows that `fit` trains on and of those it holds out, as `config` decides them."""
-    if rows < 1:
-        raise InputError("`data` has no rows; give at least one to train on.")
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(_key(config.seed, "split", 0)))
-    held_out = min(rows - 1, math.ceil(rows * config.validation))
-    return order[held_out:].sort().values, order[:held_out].sort().values
+@contextlib.contextmanager
+def _products(precision: Precision) -> Iterator[None]:
+    """Matrix products of a precision; torch takes float32 ones where the processor has no units for bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "bfloat16":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _copy(vae: nn.Module) -> dict[str, Tensor]:

@@ -7,13 +7,12 @@ import dataclasses
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import compiled
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import (
@@ -28,7 +27,7 @@ from aevb.bounds import (
     total_correlation,
 )
 from aevb.config import InputError, TrainConfig
-from aevb.training.updates import OptimizerState, update_eagerly, update_traced
+from aevb.training.updates import OptimizerState, update_eagerly
 
 __all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "check_memory"]
 
@@ -65,7 +64,7 @@ _PLAIN = TrainConfig()
 class Meter:
     """Sums over the steps of a log interval, kept on the device and read once."""
 
-    names = ("bound", "objective", "reconstruction", "gradient_norm")
+    names = ("gradient_norm", "bound", "objective", "reconstruction")
 
     def __init__(self, groups: dict[str, int], device: torch.device) -> None:
         self.groups = groups  # latent node to the number of groups its KL comes in
@@ -73,9 +72,9 @@ class Meter:
         self.dropped = torch.zeros((), device=device)
         self.steps = 0
 
-    def add(self, scalars: list[Tensor], divergences: list[Tensor], ok: Tensor) -> None:
+    def add(self, norm: Tensor, means: Tensor, ok: Tensor) -> None:
         """Take in one step's means over the batch; where `ok` is false only the fact is kept."""
-        row = torch.cat([torch.stack(scalars), *divergences])
+        row = torch.cat([norm.reshape(1).to(means), means])
         self.sums.add_(torch.where(ok, row, 0.0))
         self.dropped.add_(~ok)
 
@@ -178,15 +177,25 @@ class Step:
 
     def __call__(self, values: Values, rate: Tensor | float, kl_weight: Tensor | float) -> None:
         """Take one step on `values`."""
+        self.take(*self.look(values, kl_weight), rate)
+
+    def look(self, values: Values, kl_weight: Tensor | float) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate, and what the meter sums of this batch."""
         loss, bound, found = self._loss(values, kl_weight)
+        with torch.no_grad():
+            # Means over draws and data of terms that broadcast over either.
+            divergences = [found.node_kl(node).reshape(-1, count).mean(0) for node, count in self.meter.groups.items()]
+            means = [bound, -loss, found.reconstruction.mean()]
+            told = torch.stack([each.detach().to(torch.get_default_dtype()) for each in means])
+            return loss, torch.cat([told, *divergences])
+
+    def take(self, loss: Tensor, means: Tensor, rate: Tensor | float) -> None:
+        """Differentiate, and update the weights."""
         raw = torch.autograd.grad(loss, self.state.params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.state.params, raw, strict=True)]
         norm, ok = self.update(self.state, grads, loss, rate, self.config)
         with torch.no_grad():
-            # Means over draws and data of terms that broadcast over either.
-            divergences = [found.node_kl(node).reshape(-1, count).mean(0) for node, count in self.meter.groups.items()]
-            scalars = [bound, -loss, found.reconstruction.mean(), norm]
-            self.meter.add([s.detach().to(torch.get_default_dtype()) for s in scalars], divergences, ok)
+            self.meter.add(norm.detach(), means, ok)
 
     def _terms(self, values: Values) -> Terms:
         config = self.config
@@ -247,17 +256,6 @@ class Step:
         if odd:
             told.append(f"the gradient of {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
         return "; ".join(told) or "nothing when replayed"
-
-    @contextlib.contextmanager
-    def compiling(self) -> Iterator[Callable[[Values, Tensor, Tensor], None]]:
-        """The step as one compiled graph; draws come from torch's own generator, so that they are those of eager."""
-        import torch._dynamo
-
-        self.update = update_traced
-        # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
-            yield compiled(self.__call__, fallback_random=True)
-        self.update = update_eagerly
 
 
 def _plain(config: TrainConfig) -> TrainConfig:

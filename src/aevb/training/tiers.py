@@ -1,0 +1,104 @@
+"""How a step is run: whole in one compiled graph, with its loss alone compiled, or eagerly; one mathematics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+
+from aevb._compiler import can_compile, compiled
+from aevb.config import InputError, TrainConfig
+from aevb.training.step import Step
+from aevb.training.updates import update_eagerly, update_traced
+
+__all__ = ["Tier", "Tiers", "wanted_tier"]
+
+_log = logging.getLogger("aevb")
+
+Tier = Literal["whole", "loss", "eager"]
+_TIERS: tuple[Tier, ...] = get_args(Tier)
+
+_WORTH_SECONDS = 120
+"""An eager run longer than this is compiled by "auto": a third of it is won, and compilation takes half a minute."""
+_STEP_SECONDS, _FLOP_RATE = 1e-3, 4e10
+"""What a step costs beside its products, and products a second: round figures for two cores. They must not be measured,
+or the tier, and with it the rounding, would depend on how busy the machine is."""
+
+
+def wanted_tier(config: TrainConfig, vae: nn.Module, batch_size: int) -> Tier:
+    """The tier to begin in, decided by the settings and the size of the model alone."""
+    if config.compile != "auto":
+        return "whole" if config.compile else "eager"
+    flops = 6 * sum(p.numel() for p in vae.parameters()) * batch_size * config.samples
+    return "whole" if config.steps * (_STEP_SECONDS + flops / _FLOP_RATE) > _WORTH_SECONDS else "eager"
+
+
+@final
+class Tiers:
+    """Takes steps in a tier, and in the next one where that cannot be."""
+
+    def __init__(self, step: Step, config: TrainConfig, tier: Tier, device: torch.device) -> None:
+        self.step, self.tier, self.asked = step, tier, config.compile is True
+        self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.run: Callable[..., None] = step
+        if tier != "eager" and (reason := can_compile()):
+            self._fall("eager", reason)
+
+    def go_on_in(self, recorded: Tier) -> None:
+        """Go on in the tier that a run was in, or raise: another would round otherwise."""
+        if recorded != "eager" and (reason := can_compile()):
+            raise InputError(
+                f"The run was trained compiled, in the tier `{recorded}`, and here {reason}; it would not be the same "
+                "run. Install one, or train anew."
+            )
+        self.tier = recorded
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
+        """A function that takes a step."""
+        import torch._dynamo
+
+        # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            self._prepare()
+            yield self._take if self.tier != "eager" else self.step
+        self.step.update = update_eagerly
+
+    def _prepare(self) -> None:
+        self.step.update = update_traced if self.tier == "whole" else update_eagerly
+        if self.tier == "whole":  # draws come from torch's own generator, so that they are those of eager
+            self.run = compiled(self.step.__call__, fallback_random=True)
+        elif self.tier == "loss":
+            loss = compiled(self.step.look, whole=False, fallback_random=True)
+
+            def run(values: dict[str, Tensor], rate: Tensor, weight: Tensor) -> None:
+                value, means = loss(values, weight)
+                self.step.take(value, means, rate)
+
+            self.run = run
+        else:
+            self.run = self.step
+
+    def _take(self, values: dict[str, Tensor], rate: float, weight: float) -> None:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+        while self.tier != "eager":
+            self.rate.fill_(rate)  # numbers that change would be compiled anew
+            self.weight.fill_(weight)
+            try:
+                self.run(values, self.rate, self.weight)
+                return
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
+                # raised before anything of the graph has run
+                self._fall(_TIERS[_TIERS.index(self.tier) + 1], str(error).strip().splitlines()[0])
+                self._prepare()
+        self.step(values, rate, weight)
+
+    def _fall(self, tier: Tier, reason: str) -> None:
+        told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
+        _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
+        self.tier = tier
