@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import os
 import signal
@@ -20,6 +22,7 @@ from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, Standa
 from aevb._compiler import can_compile
 from aevb.training import OBJECTIVES
 from aevb.training.loop import _Trainer
+from aevb.training.tiers import wanted_tier
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
 
@@ -407,6 +410,85 @@ def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -
     assert run.history[-1]["step"] == 5
 
 
+class _Broken(nn.Module):
+    """A net that no single graph can hold: it reads a number back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert not math.isnan(x.sum().item())
+        return self.inner(x)
+
+
+def test_a_net_that_breaks_the_graph_has_its_loss_compiled(caplog) -> None:
+    def model() -> VAE:
+        torch.manual_seed(0)
+        p = BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 5), 5)})
+        return VAE(p, BayesNet({"z | x": DiagonalNormal(_Broken())}))
+
+    config = {"steps": 12, "batch_size": 20, "log_every": 4, "kl_warmup_steps": 6}
+    runs = [aevb.fit(model(), {"x": _rows()}, TrainConfig(**config, compile=compile)) for compile in (False, True)]
+    reason = can_compile()
+    assert runs[1].resume["numbers"]["tier"] == ("loss" if reason is None else "eager"), caplog.text
+    assert ("with its loss compiled, not whole" in caplog.text) == (reason is None)
+    torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)
+    for ours, theirs in zip(*(run.history for run in runs), strict=True):
+        assert ours["bound"] == pytest.approx(theirs["bound"], rel=1e-3)
+
+
+def test_auto_compiles_what_would_take_minutes_and_says_so_in_the_run(monkeypatch) -> None:
+    vae = _model()
+    assert wanted_tier(TrainConfig(steps=1000), vae, 100) == "eager"
+    assert wanted_tier(TrainConfig(steps=1_000_000), vae, 100) == "whole"
+    large = aevb.build_vae(aevb.ModelConfig(features=784, hidden=(1000, 1000)))
+    assert wanted_tier(TrainConfig(steps=5000), large, 500) == "whole"
+    assert wanted_tier(TrainConfig(steps=1_000_000, compile=False), vae, 100) == "eager"
+    assert wanted_tier(TrainConfig(steps=1, compile=True), vae, 100) == "whole"
+    run = aevb.fit(vae, {"x": _rows()}, TrainConfig(steps=5))
+    assert run.resume["numbers"]["tier"] == "eager"
+
+
+def test_a_compiled_run_does_not_go_on_without_a_compiler(tmp_path, monkeypatch) -> None:
+    config = TrainConfig(steps=4)
+    aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "run")
+    newest = max((tmp_path / "run").glob("checkpoint-*"))
+    record = json.loads((newest / "run.json").read_text())
+    record["resume"]["tier"] = "whole"
+    (newest / "run.json").write_text(json.dumps(record))
+    sums = json.loads((newest / "checksums.json").read_text())
+    sums["run.json"] = hashlib.sha256((newest / "run.json").read_bytes()).hexdigest()
+    (newest / "checksums.json").write_text(json.dumps(sums))
+    monkeypatch.setattr("aevb.training.tiers.can_compile", lambda: "no C++ compiler was found")
+    with pytest.raises(aevb.InputError, match="trained compiled, in the tier `whole`, and here no C"):
+        aevb.fit(_model(), {"x": _rows()}, config, out=tmp_path / "run", resume=True)
+
+
+def test_rate_weight_and_epochs_end_compile_nothing_anew() -> None:
+    """One graph serves a run: rate and KL weight change each step, and 64 rows are no multiple of 20."""
+    if can_compile() is not None:
+        return
+    import torch._dynamo
+
+    torch._dynamo.utils.counters.clear()
+    config = TrainConfig(steps=12, batch_size=20, kl_warmup_steps=8, warmup_steps=3, compile=True, validation=0.0)
+    aevb.fit(_model(), {"x": _rows()}, config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_bfloat16_products_leave_weights_and_setting_as_they_were() -> None:
+    before = torch.get_float32_matmul_precision()
+    seen = []
+    config = TrainConfig(steps=4, log_every=2, precision="bfloat16")
+    run = aevb.fit(
+        _model(), {"x": _rows()}, config, progress=lambda _: seen.append(torch.get_float32_matmul_precision())
+    )
+    assert seen == ["medium", "medium"]
+    assert torch.get_float32_matmul_precision() == before
+    assert {p.dtype for p in run.vae.parameters()} == {torch.float32}
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -415,6 +497,7 @@ def test_without_a_compiler_training_is_eager_and_says_so(monkeypatch, caplog) -
     [
         ("steps", 0), ("batch_size", -1), ("learning_rate", 0.0), ("learning_rate", math.nan), ("average", 1.0),
         ("validation", 1.0), ("optimizer", "rmsprop"), ("clip_norm", math.inf), ("seed", -1), ("schedule", "step"),
+        ("compile", "yes"), ("precision", "float16"), ("keep_checkpoints", 0),
     ],
 )  # fmt: skip
 def test_train_config_names_the_field_and_the_rule(field, value) -> None:

@@ -113,13 +113,14 @@ def _processor() -> str:
 
 def holds_nothing(path: Path) -> bool:
     """Whether a folder is absent, or holds only what a run left that was killed before its first checkpoint."""
-    if not path.exists():
+    if not os.path.lexists(path):  # which, unlike pathlib, does not raise where the folder above may not be read
         return True
+    try:
+        names = os.listdir(path)
+    except OSError:
+        return False
     left = ("history.csv", ".history.csv.partial")
-    return path.is_dir() and all(
-        each.name in left or (each.name.startswith(".checkpoint-") and each.name.endswith(".partial"))
-        for each in path.iterdir()
-    )
+    return all(name in left or (name.startswith(".checkpoint-") and name.endswith(".partial")) for name in names)
 
 
 def load(path: str | Path, vae: VAE | None = None) -> Run:

@@ -73,9 +73,17 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `aevb --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except _Stopped as error:
+        status, told = error.args
+        print(f"aevb: stopped. {told}", file=sys.stderr)
+        sys.exit(status)
     except KeyboardInterrupt as error:
         print(f"aevb: stopped. {error}" if str(error) else "aevb: stopped.", file=sys.stderr)
         sys.exit(130)
+
+
+class _Stopped(Exception):
+    """A run was told to stop, and did: the status to end with, and how to go on."""
 
 
 def _model_flags() -> type:
@@ -210,8 +218,7 @@ def _fit(
             raise
         if isinstance(stop, KeyboardInterrupt):
             raise KeyboardInterrupt(told) from None
-        print(f"aevb: stopped. {told}", file=sys.stderr)
-        raise
+        raise _Stopped(stop.code, told) from None
 
 
 def _tell_end(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Literal, final, get_args
 
@@ -60,12 +61,17 @@ class Tiers:
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
         """A function that takes a step."""
-        import torch._dynamo
+        if self.tier == "eager":
+            yield self.step
+            return
+        import torch._dynamo  # takes a second or two
 
         # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
-        with torch._dynamo.config.patch(trace_autograd_ops=True):
+        with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():
+            # Where a graph breaks, torch looks at the .grad of what crosses the break, and warns that it did.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
             self._prepare()
-            yield self._take if self.tier != "eager" else self.step
+            yield self._take
         self.step.update = update_eagerly
 
     def _prepare(self) -> None:
