@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         FullNormal,
         LadderNormal,
         LearnedNormal,
+        Mixed,
         MixtureOfNormals,
         NegativeBinomial,
         Normal,
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-    from aevb.nets import MLP, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
+    from aevb.nets import MLP, Columns, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
     from aevb.training import fit
 
 _HOMES = {
@@ -98,6 +99,7 @@ _HOMES = {
         "FullNormal",
         "LadderNormal",
         "LearnedNormal",
+        "Mixed",
         "MixtureOfNormals",
         "NegativeBinomial",
         "Normal",
@@ -147,6 +149,7 @@ _HOMES = {
         "SylvesterFlow",
     ),
     "nets": (
+        "Columns",
         "ConvNet",
         "Fixed",
         "Holes",
@@ -173,6 +176,7 @@ __all__ = [
     "Bracket",
     "Calibration",
     "Categorical",
+    "Columns",
     "Comparison",
     "Conditional",
     "ConvNet",
@@ -192,6 +196,7 @@ __all__ = [
     "LadderNormal",
     "LearnedNormal",
     "Marginal",
+    "Mixed",
     "MixtureOfNormals",
     "ModelConfig",
     "NegativeBinomial",

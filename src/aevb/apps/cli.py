@@ -89,7 +89,7 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name == "features":
+        if field.name in ("features", "kinds"):
             continue
         kind, default, metavar = hints[field.name], field.default, None
         if field.name == "likelihood":

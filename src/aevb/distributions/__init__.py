@@ -14,6 +14,7 @@ from aevb.distributions.families import (
 )
 from aevb.distributions.finite import Delta, OneHot, count_states, relaxed, states
 from aevb.distributions.kl import CLOSED_KL, closed_kl
+from aevb.distributions.mixed import Codes, LogNormal, Mixed, Together
 from aevb.distributions.mixtures import NormalMixture
 
 __all__ = [
@@ -21,14 +22,18 @@ __all__ = [
     "Bernoulli",
     "BetaBinomial",
     "Binomial",
+    "Codes",
     "Delta",
     "DiscretizedLogistic",
+    "LogNormal",
+    "Mixed",
     "NegativeBinomial",
     "Noise",
     "NormalMixture",
     "OneHot",
     "Poisson",
     "StudentT",
+    "Together",
     "ZeroInflatedNegativeBinomial",
     "base_of",
     "check_factorizes",

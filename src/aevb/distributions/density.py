@@ -63,6 +63,8 @@ def check_factorizes(d: td.Distribution, known: Tensor) -> None:
 def _filler(base: td.Distribution) -> float | Tensor:
     """A value inside the support of every entry, found without reading a tensor (this runs inside compiled steps)."""
     support = base.support
+    if hasattr(support, "filler"):  # columns of different families have one each
+        return support.filler  # type: ignore[union-attr, no-any-return]
     lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if lower is None:
         return 0.0
