@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         Information,
         Marginal,
         PredictiveCheck,
+        Surprisal,
         active_units,
         aggregated,
         ais,
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
         predictive_check,
         reverse_ais,
         simulation_based_calibration,
+        surprisal,
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
@@ -128,6 +130,7 @@ _HOMES = {
         "Information",
         "Marginal",
         "PredictiveCheck",
+        "Surprisal",
         "active_units",
         "aggregated",
         "ais",
@@ -140,6 +143,7 @@ _HOMES = {
         "predictive_check",
         "reverse_ais",
         "simulation_based_calibration",
+        "surprisal",
     ),
     "flows": (
         "FlowPrior",
@@ -211,6 +215,7 @@ __all__ = [
     "StandardNormal",
     "Standardize",
     "StudentT",
+    "Surprisal",
     "SylvesterFlow",
     "TrainConfig",
     "TransposedConvNet",
@@ -238,6 +243,7 @@ __all__ = [
     "reverse_ais",
     "save",
     "simulation_based_calibration",
+    "surprisal",
     "terms",
     "with_classifier",
 ]

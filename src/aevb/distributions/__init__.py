@@ -1,6 +1,6 @@
 """What torch.distributions lacks: drawing with the density, keyed noise, densities with holes, closed-form KLs."""
 
-from aevb.distributions.density import base_of, check_factorizes, log_prob, support_violation
+from aevb.distributions.density import base_of, check_factorizes, entries_log_prob, log_prob, support_violation
 from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
     Bernoulli,
@@ -40,6 +40,7 @@ __all__ = [
     "closed_kl",
     "count_states",
     "draw",
+    "entries_log_prob",
     "log_prob",
     "normals",
     "relaxed",
