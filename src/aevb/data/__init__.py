@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from aevb.data.binary import Binarize, Binarized
-from aevb.data.coding import decode, encode
+from aevb.data.coding import decode, encode, widened
 from aevb.data.dataset import Data
+from aevb.data.frames import read_frame
 from aevb.data.kinds import find_schema
-from aevb.data.loading import load
+from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
 from aevb.data.schema import Column, Schema
-from aevb.data.writing import check_destination, write_rows
+from aevb.data.writing import check_destination, write_frame, write_rows
 
 __all__ = [
     "Binarize",
@@ -22,6 +23,11 @@ __all__ = [
     "encode",
     "find_schema",
     "load",
+    "load_table",
+    "read_frame",
     "read_rows",
+    "table_rows",
+    "widened",
+    "write_frame",
     "write_rows",
 ]

@@ -18,7 +18,7 @@ from aevb.data.tables import polars
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "widened"]
 
 _FIRST_DAY, _LAST_DAY = -719_162, 2_932_896  # 0001-01-01 and 9999-12-31
 
@@ -107,6 +107,18 @@ def _codes(where: str, column: Column, series: pl.Series) -> pl.Series:
     return codes
 
 
+def widened(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Numbers in float64; those of float32 as the shortest decimals that mean them, 0.1 as 0.1.
+
+    Example:
+        >>> float(widened(np.array([0.1], dtype=np.float32))[0])
+        0.1
+    """
+    if values.dtype != np.float32:
+        return values.astype(np.float64)
+    return values.astype(str).astype(np.float64)
+
+
 def decode(schema: Schema, x: NDArray[Any], beside: pl.DataFrame | None = None) -> pl.DataFrame:
     """Numbers as a table with the types and names it was read with.
 
@@ -135,7 +147,7 @@ def decode(schema: Schema, x: NDArray[Any], beside: pl.DataFrame | None = None) 
     columns = []
     for column in schema.columns:
         if column.name in position:
-            columns.append(_restored(column, np.asarray(x[:, position[column.name]], dtype=np.float64)))
+            columns.append(_restored(column, widened(x[:, position[column.name]])))
         elif beside is not None and column.name in beside.columns:
             columns.append(beside[column.name])
         elif column.kind == "constant" and beside is None:
