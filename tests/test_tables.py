@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aevb.config import InputError
-from aevb.data import Column, Schema, decode, encode, find_schema
+from aevb.data import Column, Schema, decode, encode, find_schema, load_table
 
 NAN = math.nan
 
@@ -313,6 +313,18 @@ def test_a_column_may_be_missing_throughout_when_rows_are_scored():
     )
     x = encode(schema, pl.DataFrame({"city": [None, "Bern"], "n": [None, None]}))
     np.testing.assert_array_equal(x, [[NAN, NAN], [0, NAN]])
+
+
+def test_columns_of_which_nothing_can_be_learned_are_told():
+    schema = find_schema(pl.DataFrame({"x": [1.5, 2.5, 3.5], "n": [0, 1, 9]}))
+    with pytest.raises(InputError, match="column `x` has one value"):
+        load_table(pl.DataFrame({"x": [1.5, 1.5, None], "n": [0, 1, 9]}), schema)
+    with pytest.raises(InputError, match="column `n` has no value at all"):
+        load_table(pl.DataFrame({"x": [1.5, 2.5, None], "n": [None, None, None]}), schema)
+    with pytest.raises(InputError, match="one row"):
+        load_table(pl.DataFrame({"x": [1.5], "n": [3]}), schema)
+    with pytest.raises(InputError, match="no column to model"):
+        load_table(pl.DataFrame({"x": [1.5, 1.5]}), find_schema(pl.DataFrame({"x": [1.5, 1.5]})))
 
 
 def test_pandas_frames():

@@ -125,6 +125,13 @@ def load_table(source: Any, schema: Schema) -> Data:
             f"{frame.where}, column `{name}` has no value at all, and nothing can be learned of it. Drop it: "
             f"--column {name}=drop."
         )
+    for j, column in enumerate(schema.modelled):
+        known = train[:, j][~train[:, j].isnan()]
+        if column.kind in ("continuous", "positive", "date") and bool((known == known[0]).all()):
+            raise InputError(
+                f"{frame.where}, column `{column.name}` has one value, and the scale of a {column.kind} column would "
+                f"go to zero. Drop it: --column {column.name}=drop."
+            )
     name = Path(source).name if isinstance(source, str | Path) else "table"
     return Data(name=name, train=train, columns=schema.names, kinds=schema.kinds)
 
