@@ -150,7 +150,9 @@ def scaled(name: str, latents: int) -> VAE:
     Its weights are numpy's, the same on any machine: how far apart prior and posterior are does not hang on luck.
     """
     torch.manual_seed(latents)
-    count = {"total_count": 6} if "binomial" in name and "negative" not in name else {}
+    count: dict[str, object] = {"total_count": 6} if "binomial" in name and "negative" not in name else {}
+    if name == "mixed":
+        count = {"kinds": ("categorical:3", "positive", "ordinal:-2:3")}
     config = aevb.ModelConfig(features=3, likelihood=name, latents=latents, hidden=(6,), activation="tanh", **count)
     vae = aevb.build_vae(config)
     with torch.no_grad():

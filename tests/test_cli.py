@@ -100,11 +100,11 @@ def test_help_lists_the_verbs_and_every_configuration_field() -> None:
     from aevb import ModelConfig, TrainConfig
 
     listed = succeed("--help")
-    for verb in ("train", "evaluate", "compare", "sample", "encode", "score", "report", "check"):
+    for verb in ("inspect", "train", "evaluate", "compare", "sample", "encode", "impute", "score", "report", "check"):
         assert verb in listed
     flags = succeed("train", "--help")
     for field in (*fields(ModelConfig), *fields(TrainConfig)):
-        if field.name != "features":
+        if field.name not in ("features", "kinds"):
             assert f"--{field.name.replace('_', '-')}" in flags, field.name
 
 
@@ -167,7 +167,7 @@ def test_runs_that_cannot_be_compared(digits, table, tmp_path) -> None:
     succeed("train", whole, "--out", counted, *FAST, "--likelihood", "poisson")
     measured = tmp_path / "measured"
     succeed("train", whole, "--out", measured, *FAST, "--likelihood", "normal")
-    assert "one is a density, the other a probability" in refuse("compare", counted, measured)
+    assert "one is a density where the other is a probability" in refuse("compare", counted, measured)
 
 
 ALSO = ["ais", "gaps", "information", "calibration", "checks"]
@@ -249,7 +249,7 @@ def test_report_is_written_with_the_evaluations_figures(digits) -> None:
 
 def test_a_table_with_holes_is_trained_scored_and_reported(table, tmp_path) -> None:
     run = tmp_path / "run"
-    assert "likelihood normal" in succeed("train", table, "--out", run, *FAST)
+    assert "likelihood mixed" in succeed("train", table, "--out", run, *FAST)
     printed = succeed("evaluate", run, "--samples", 50)
     assert "validation log p(x) = " in printed
     succeed("report", run)
@@ -298,12 +298,15 @@ def _write(path: Path, text: str) -> Path:
 MISTAKES = {
     "missing file": (lambda d: [d / "absent.csv"], "absent.csv"),
     "empty file": (lambda d: [_write(d / "a.csv", "")], "a.csv"),
-    "text column": (lambda d: [_write(d / "a.csv", "name,x\nAnn,1\nBob,2\n")], "name"),
+    "text column": (lambda d: [_write(d / "a.csv", "name,x\nAnn,1\nBob,2\n"), "--likelihood", "normal"], "name"),
     "ragged rows": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n3\n4,5\n")], "line"),
     "infinity": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n3,inf\n4,5\n")], "infinite"),
     "one row": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n")], "row"),
     "all constant": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n1,2\n1,2\n")], "constant"),
-    "one constant": (lambda d: [_write(d / "a.csv", "a,b\n1,2\n1,3\n1,4\n")], "--drop-constant"),
+    "one constant": (
+        lambda d: [_write(d / "a.csv", "a,b\n1,2\n1,3\n1,4\n"), "--likelihood", "normal"],
+        "--drop-constant",
+    ),
     "not an npy": (lambda d: [_write(d / "a.npy", "not an array")], "a.npy"),
     "grey to bernoulli": (
         lambda d: [_write(d / "a.csv", "a,b\n0.5,1\n0,1\n1,0\n"), "--likelihood", "bernoulli"],

@@ -40,6 +40,7 @@ from aevb.conditionals import (
     AutoregressiveBernoulli,
     BetaBinomial,
     DiscretizedLogistic,
+    Mixed,
     NegativeBinomial,
     Poisson,
     StudentT,
@@ -82,6 +83,10 @@ class Entries:
 
 class HeavyTailed(Entries):
     """As `Entries`, with tails that a Gaussian's ten standard deviations do not hold."""
+
+
+class Positive(Entries):
+    """As `Entries`, above 0, with logarithms that are Gaussian."""
 
 
 class Joint:
@@ -260,6 +265,48 @@ def chain(module: nn.Module, out: np.ndarray) -> Oracle:
     return Chain(1 / (1 + np.exp(-out[-2])), tuple(1 / (1 + np.exp(-second))))
 
 
+def mixed_real(module: nn.Module, out: np.ndarray) -> Oracle:
+    """Continuous or positive columns: Gaussian, or Gaussian logarithms."""
+    loc, scale, floor = (each.numpy() for each in (module.loc, module.scale, module.resolution))
+    mean, sigma = loc + scale * out, floor + scale * softplus(module.raw_noise.detach().numpy())
+    if module.kinds[0] == "continuous":
+        return Entries(stats.norm(mean, sigma))
+    return Positive(stats.lognorm(sigma, scale=np.exp(mean)))
+
+
+def mixed_codes(module: nn.Module, out: np.ndarray) -> Oracle:
+    return Entries(Levels(special.softmax(out.reshape(D, -1), -1).T))
+
+
+class Shifted(Levels):
+    """Levels from another number than 0."""
+
+    def __init__(self, masses: np.ndarray, low: int) -> None:
+        super().__init__(masses)
+        self.levels, self.low = self.levels + low, low
+
+    def logpmf(self, x: np.ndarray) -> np.ndarray:
+        return super().logpmf(x - self.low)
+
+
+def mixed_ordinals(module: nn.Module, out: np.ndarray) -> Oracle:
+    """From -2 to 5: location and scale of each column stand side by side."""
+    loc, raw = out.reshape(D, 2).T
+    rounded = stats.logistic(3.5 * (1 + loc), 3.5 * softplus(raw) + 0.005)
+    return Entries(
+        Shifted(np.diff(rounded.cdf(np.array([-np.inf, *(np.arange(7) + 0.5), np.inf])[:, None]), axis=0), -2)
+    )
+
+
+def mixed_counts(module: nn.Module, out: np.ndarray) -> Oracle:
+    theta = np.exp(module.log_theta.detach().numpy())
+    return Entries(stats.nbinom(theta, theta / (theta + np.exp(out))))
+
+
+def mixed(*kinds: str, **units: Tensor) -> Mixed:
+    return Mixed(net(Mixed.width(kinds)), kinds, **units)
+
+
 class Case(NamedTuple):
     make: Callable[[], nn.Module]
     parents: tuple[int, ...]  # widths
@@ -321,12 +368,33 @@ CASES = {
     "DiscretizedLogistic, mixture": Case(
         lambda: DiscretizedLogistic(net(3 * 4 * D), 256, 4), (3,), levels, tuple(range(256)), (256.0, -1.0, 2.5)
     ),
+    "Mixed, binary": Case(lambda: mixed("binary", "binary"), (3,), bernoulli, (0, 1), (0.5, -1.0, 2.0)),
+    "Mixed, categories": Case(
+        lambda: mixed("categorical:4", "categorical:4"), (3,), mixed_codes, tuple(range(4)), (0.5, -1.0, 4.0)
+    ),
+    "Mixed, ordinals": Case(
+        lambda: mixed("ordinal:-2:5", "ordinal:-2:5"), (3,), mixed_ordinals, tuple(range(-2, 6)), (6.0, -3.0, 2.5)
+    ),
+    "Mixed, counts": Case(lambda: mixed("count", "count"), (3,), mixed_counts, tuple(range(500)), COUNTS),
+    "Mixed, continuous, units": Case(
+        lambda: mixed("continuous", "continuous", loc=units()[0], scale=units()[1], resolution=units()[1] / 9),
+        (3,),
+        mixed_real,
+    ),
+    "Mixed, positive, units": Case(
+        lambda: mixed("positive", "positive", loc=units()[0] / 9, scale=units()[1] ** 0.25 / 4),
+        (3,),
+        mixed_real,
+        bad=(0.0, -1.0),
+    ),
     "AutoregressiveBernoulli": Case(
         lambda: AutoregressiveBernoulli(net(3 + D), D, [3]), (3,), chain, (0, 1), (0.5, -1.0, 2.0)
     ),
 }
 CONTINUOUS = [name for name, case in CASES.items() if not case.states]
-DRAWN = [name for name in CONTINUOUS if CASES[name].oracle not in (mixture, vamp)]  # with a reparameterization
+DRAWN = [
+    name for name in CONTINUOUS if CASES[name].oracle not in (mixture, vamp, mixed_real)
+]  # with a reparameterization
 DISCRETE = [name for name, case in CASES.items() if case.states]
 GAUSSIAN = [name for name in DRAWN if CASES[name].oracle is not student]  # drawn from standard normals
 FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, chain, mixture, vamp)]
@@ -423,6 +491,11 @@ def grid(oracle: Oracle, points: int = 400) -> tuple[Tensor, Tensor]:
     at u = 10.
     """
     sd = np.sqrt(np.diag(oracle.cov))
+    if isinstance(oracle, Positive):  # x = exp(m + s u), of which dx = s x du
+        s, m = oracle.frozen.args[0], np.log(oracle.frozen.kwds["scale"])
+        u = np.linspace(-10.0, 10.0, points)
+        spots = np.exp(np.stack(np.meshgrid(*(m[j] + s[j] * u for j in range(D)), indexing="ij"), -1).reshape(-1, D))
+        return torch.as_tensor(spots), torch.as_tensor((spots * s * (u[1] - u[0])).prod(-1))
     u = np.linspace(-10.0, 10.0, points)
     x, dx = (np.sinh(u), np.cosh(u)) if isinstance(oracle, HeavyTailed) else (u, np.ones(points))
     axes = [m + s * x for m, s in zip(oracle.mean, sd, strict=True)]

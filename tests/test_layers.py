@@ -31,6 +31,7 @@ LAYERS = [
     {"apps.summary", "apps.progress"},
     {"apps.diagnoses"},
     {"apps.check", "apps.report", "apps.runs", "apps.versus"},
+    {"apps.tables", "apps.train"},
     {"apps.cli"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         FullNormal,
         LadderNormal,
         LearnedNormal,
+        Mixed,
         MixtureOfNormals,
         NegativeBinomial,
         Normal,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         Information,
         Marginal,
         PredictiveCheck,
+        Surprisal,
         active_units,
         aggregated,
         ais,
@@ -59,10 +61,11 @@ if TYPE_CHECKING:
         predictive_check,
         reverse_ais,
         simulation_based_calibration,
+        surprisal,
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-    from aevb.nets import MLP, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
+    from aevb.nets import MLP, Columns, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
     from aevb.training import fit
 
 _HOMES = {
@@ -98,6 +101,7 @@ _HOMES = {
         "FullNormal",
         "LadderNormal",
         "LearnedNormal",
+        "Mixed",
         "MixtureOfNormals",
         "NegativeBinomial",
         "Normal",
@@ -126,6 +130,7 @@ _HOMES = {
         "Information",
         "Marginal",
         "PredictiveCheck",
+        "Surprisal",
         "active_units",
         "aggregated",
         "ais",
@@ -138,6 +143,7 @@ _HOMES = {
         "predictive_check",
         "reverse_ais",
         "simulation_based_calibration",
+        "surprisal",
     ),
     "flows": (
         "FlowPrior",
@@ -147,6 +153,7 @@ _HOMES = {
         "SylvesterFlow",
     ),
     "nets": (
+        "Columns",
         "ConvNet",
         "Fixed",
         "Holes",
@@ -173,6 +180,7 @@ __all__ = [
     "Bracket",
     "Calibration",
     "Categorical",
+    "Columns",
     "Comparison",
     "Conditional",
     "ConvNet",
@@ -192,6 +200,7 @@ __all__ = [
     "LadderNormal",
     "LearnedNormal",
     "Marginal",
+    "Mixed",
     "MixtureOfNormals",
     "ModelConfig",
     "NegativeBinomial",
@@ -206,6 +215,7 @@ __all__ = [
     "StandardNormal",
     "Standardize",
     "StudentT",
+    "Surprisal",
     "SylvesterFlow",
     "TrainConfig",
     "TransposedConvNet",
@@ -233,6 +243,7 @@ __all__ = [
     "reverse_ais",
     "save",
     "simulation_based_calibration",
+    "surprisal",
     "terms",
     "with_classifier",
 ]

@@ -19,6 +19,7 @@ from aevb.conditionals import (
     DiscretizedLogistic,
     FullNormal,
     LearnedNormal,
+    Mixed,
     MixtureOfNormals,
     NegativeBinomial,
     Normal,
@@ -28,9 +29,9 @@ from aevb.conditionals import (
     VampPrior,
     ZeroInflatedNegativeBinomial,
 )
-from aevb.config import InputError, ModelConfig
+from aevb.config import InputError, Kind, ModelConfig
 from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-from aevb.nets import MLP, Holes, Standardize
+from aevb.nets import MLP, Columns, Holes, Standardize
 
 __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
@@ -66,9 +67,11 @@ def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
 class _Start:
     """What the training rows tell a model before it is trained."""
 
-    mean: Tensor  # (features,)
-    scale: Tensor  # (features,), above 0
+    mean: Tensor  # (features,); of counts and positive columns of a table that of the logarithms
+    scale: Tensor  # (features,), above 0; likewise
     rows: Tensor | None  # (N, features), holes filled with the mean
+    bias: Tensor | None = None  # what the decoder says first of a table's columns
+    resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
 
 
 def _bernoulli(config: ModelConfig, start: _Start) -> nn.Module:
@@ -126,6 +129,12 @@ def _discretized_logistic(config: ModelConfig, start: _Start) -> nn.Module:
     return DiscretizedLogistic(_decoder(config, 2 * config.features, start.mean / 127.5 - 1))
 
 
+def _mixed(config: ModelConfig, start: _Start) -> nn.Module:
+    net = _decoder(config, Mixed.width(config.kinds), start.bias)
+    resolution = torch.zeros(config.features) if start.resolution is None else start.resolution
+    return Mixed(net, config.kinds, start.mean, start.scale, resolution)
+
+
 LIKELIHOODS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
     "bernoulli": _bernoulli,
     "autoregressive": _autoregressive,
@@ -137,10 +146,12 @@ LIKELIHOODS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
     "negative-binomial": _negative_binomial,
     "zero-inflated": _zero_inflated,
     "discretized-logistic": _discretized_logistic,
+    "mixed": _mixed,
 }
 """Name of p(x | z) to its maker from the configuration and the training rows."""
 
-_CENTRE = {"bernoulli": 0.5, "autoregressive": 0.5, "discretized-logistic": 127.5, "normal": 0.0, "student-t": 0.0}
+_CENTRE = {"mixed": 0.0, "bernoulli": 0.5, "autoregressive": 0.5, "discretized-logistic": 127.5, "normal": 0.0,
+           "student-t": 0.0}  # fmt: skip
 """Mean of data that are not given; counts are taken to be around 1, or half of the largest."""
 
 
@@ -218,6 +229,9 @@ def _mlp(config: ModelConfig, inputs: int, hidden: tuple[int, ...], outputs: int
 
 
 def _encoder(config: ModelConfig, outputs: int, start: _Start) -> nn.Module:
+    if config.kinds:
+        net = _mlp(config, Columns.width(config.kinds), config.hidden, outputs)
+        return Columns(net, config.kinds, start.mean, start.scale)
     net = _mlp(config, 2 * config.features if config.holes else config.features, config.hidden, outputs)
     return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
 
@@ -245,6 +259,8 @@ def _start(config: ModelConfig, x: Tensor | None) -> _Start:
         counts = 0.5 * config.total_count if config.total_count is not None else 1.0
         centre = _CENTRE.get(config.likelihood, counts)
         return _Start(mean=torch.full((config.features,), centre), scale=torch.ones(config.features), rows=None)
+    if config.kinds:
+        return _table_start(config, x)
     values = x.to(torch.float64)
     known = (~values.isnan()).sum(0).clamp(min=1)
     mean = values.nansum(0) / known
@@ -262,3 +278,50 @@ def _start(config: ModelConfig, x: Tensor | None) -> _Start:
     rows = torch.where(values.isnan(), mean, values)
     kind = torch.get_default_dtype()
     return _Start(mean=mean.to(kind), scale=spread.to(kind), rows=rows.to(kind))
+
+
+def _table_start(config: ModelConfig, x: Tensor) -> _Start:
+    """Column by column: the marginal distribution, as the decoder is to tell it first."""
+    mean, scale, step = (torch.zeros(config.features, dtype=torch.float64) for _ in range(3))
+    bias = []
+    for j, text in enumerate(config.kinds):
+        kind, values = Kind.parse(text), x[:, j].to(torch.float64)
+        values = values[~values.isnan()]
+        if not len(values):
+            raise InputError(f"Column {j} of the data has no values at all, and nothing can be learned of it. Drop it.")
+        link = {"count": values.log1p(), "positive": values.log()}.get(kind.name, values)
+        mean[j], scale[j] = link.mean(), link.std(correction=0)
+        if kind.name in ("continuous", "positive"):
+            if scale[j] == 0:
+                raise InputError(
+                    f"Column {j} of the data is constant, and the scale of its {kind.name} likelihood would go to "
+                    "zero. Drop it."
+                )
+            step[j] = _step(link)
+        scale[j] = torch.where(scale[j] > 0, scale[j], 1.0)
+        bias.append(_first_bias(kind, values))
+    dtype = torch.get_default_dtype()
+    return _Start(
+        mean=mean.to(dtype), scale=scale.to(dtype), rows=None, bias=torch.cat(bias).to(dtype), resolution=step.to(dtype)
+    )
+
+
+def _first_bias(kind: Kind, values: Tensor) -> Tensor:
+    """What a net without a parent would say of a column, `(heads,)`."""
+    if kind.name == "binary":
+        return _logits(values.mean()).reshape(1)
+    if kind.name == "categorical":  # a category that no row has starts at half a row
+        counts = torch.bincount(values.long(), minlength=kind.values)[: kind.values]
+        return ((counts + 0.5) / (len(values) + 0.5 * kind.values)).log()
+    if kind.name == "ordinal":  # a logistic's standard deviation is pi / sqrt(3) times its scale
+        half = 0.5 * (kind.values - 1)
+        scale = (values.std(correction=0) * 3**0.5 / math.pi).clamp(min=0.3) / half
+        return torch.stack([(values.mean() - kind.low) / half - 1, scale.expm1().log()])
+    return _log(values.mean()).reshape(1) if kind.name == "count" else values.new_zeros(1)
+
+
+def _step(values: Tensor) -> Tensor:
+    """Smallest distance of two values; what is below a millionth of their range is rounding, not a distance."""
+    gaps = values.sort().values.diff()
+    least = 1e-6 * gaps.sum()
+    return gaps[gaps > least].amin() if bool((gaps > least).any()) else least

@@ -1,4 +1,4 @@
-"""What can be decided without torch: the two configurations and the error that bad input raises.
+"""What can be decided without torch: the two configurations, kinds of columns, and the error that bad input raises.
 
 Both configurations are flat, frozen and JSON-able. `ModelConfig` is read by `aevb.build_vae`, `TrainConfig` by
 `aevb.fit`; the command line derives its flags from these same fields, and answers `--help` without loading torch.
@@ -17,6 +17,7 @@ __all__ = [
     "Discrete",
     "Gradient",
     "InputError",
+    "Kind",
     "Likelihood",
     "ModelConfig",
     "Net",
@@ -30,7 +31,7 @@ __all__ = [
 
 Likelihood = Literal[
     "bernoulli", "autoregressive", "binomial", "beta-binomial", "normal", "student-t", "poisson", "negative-binomial",
-    "zero-inflated", "discretized-logistic",
+    "zero-inflated", "discretized-logistic", "mixed",
 ]  # fmt: skip
 Prior = Literal["standard", "learned", "mixture", "vamp", "flow"]
 Posterior = Literal["diagonal", "full", "planar", "sylvester", "iaf", "spline"]
@@ -48,6 +49,71 @@ MAX_LATENTS = 10_000
 
 class InputError(ValueError):
     """What the caller gave cannot be used; the message names it, the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one column of a table holds, written `binary`, `categorical:C`, `ordinal:LOW:HIGH`, `count` and so on.
+
+    Binary values are 0 and 1, categories codes 0, ..., C - 1, ordinals whole numbers from LOW to HIGH, counts whole
+    numbers from 0, positive values above 0.
+
+    Example:
+        >>> Kind.parse("ordinal:1:5"), str(Kind.parse("categorical:3"))
+        (Kind(name='ordinal', low=1, high=5), 'categorical:3')
+    """
+
+    name: str
+    low: int = 0
+    high: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The kind that `text` names.
+
+        Raises:
+            InputError: If it names none.
+        """
+        name, *bounds = text.split(":")
+        try:
+            numbers = [int(bound) for bound in bounds]
+        except ValueError:
+            numbers = []
+        if len(numbers) == len(bounds) == _BOUNDS.get(name, -1):
+            low, high = (0, numbers[0] - 1) if name == "categorical" else numbers or (0, 1 if name == "binary" else 0)
+            if name not in ("categorical", "ordinal") or low < high:
+                return cls(name, low, high)
+        raise InputError(
+            f"A column's kind must be {', '.join(_SPELT.values())}, with at least two values where they are bounded; "
+            f"got {text!r}. Write e.g. ordinal:1:5."
+        )
+
+    @property
+    def values(self) -> int:
+        """How many values there are; 0 where they have no bounds."""
+        return self.high - self.low + 1 if self.high > self.low else 0
+
+    @property
+    def heads(self) -> int:
+        """Numbers from a net that tell the distribution of one entry."""
+        return self.values if self.name == "categorical" else 2 if self.name == "ordinal" else 1
+
+    @property
+    def inputs(self) -> int:
+        """Numbers that show one entry to a net: one a category, else one."""
+        return self.values if self.name == "categorical" else 1
+
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        told = {"categorical": f":{self.values}", "ordinal": f":{self.low}:{self.high}"}
+        return self.name + told.get(self.name, "")
+
+
+_SPELT = {
+    "binary": "binary", "categorical": "categorical:C", "ordinal": "ordinal:LOW:HIGH", "count": "count",
+    "continuous": "continuous", "positive": "positive",
+}  # fmt: skip
+_BOUNDS = {name: text.count(":") for name, text in _SPELT.items()}
 
 
 class _Checked:
@@ -97,7 +163,9 @@ class ModelConfig(_Checked):
     features: int
     """Entries of one datum x."""
     likelihood: Likelihood = "normal"
-    """Family of p(x | z)."""
+    """Family of p(x | z); mixed: one for each column of a table."""
+    kinds: tuple[str, ...] = ()
+    """Mixed only: what each column holds, as `Kind` writes it."""
     total_count: int | None = None
     """Binomial and beta-binomial only: the largest count."""
     noise: Noise = "dimension"
@@ -150,6 +218,7 @@ class ModelConfig(_Checked):
                 f"{self.total_count} with likelihood {self.likelihood}. Give the largest possible count, e.g. "
                 "--total-count 16."
             )
+        self._check_kinds()
         spread = ("normal", "student-t", "negative-binomial", "zero-inflated")
         if self.noise != "dimension" and self.likelihood not in spread:
             raise InputError(
@@ -164,6 +233,20 @@ class ModelConfig(_Checked):
             raise InputError("`activation` has no effect on gated layers, which bring their own. Drop it.")
         if self.total_count is not None:
             self._check("total_count", "at least 1", self.total_count >= 1, "Give the largest possible count.")
+
+    def _check_kinds(self) -> None:
+        if len(self.kinds) != (self.features if self.likelihood == "mixed" else 0):
+            raise InputError(
+                f"`kinds` goes with likelihood mixed, one kind a column; got {len(self.kinds)} with {self.features} "
+                f"columns and likelihood {self.likelihood}. Give as many kinds as columns, or none."
+            )
+        for kind in self.kinds:
+            Kind.parse(kind)
+        if self.kinds and self.prior == "vamp":
+            raise InputError(
+                "`prior` vamp learns inputs that look like data, which codes of categories cannot; with likelihood "
+                "mixed use mixture or flow."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

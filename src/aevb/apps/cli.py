@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from inspect import getsource
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
@@ -21,27 +20,22 @@ try:
 except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
-from aevb.apps.progress import rows_done, steps_done
 from aevb.apps.runs import (
     EVALUATION,
     data_of,
     diagnose_run,
     evaluate_run,
     judged,
-    load_data,
-    model_config,
     open_run,
-    pixels,
-    rows_for_start,
     rows_of_file,
+    schema_of,
     test_rows,
 )
+from aevb.apps.train import Stopped, go_on, start
 from aevb.config import InputError, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from aevb.apps.summary import Summary
-    from aevb.checkpoint import Run
-    from aevb.data import Data
 
 __all__ = ["main"]
 
@@ -49,12 +43,14 @@ _REPORT = "report.html"
 _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
 _Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{ais,gaps,information,calibration,checks}")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
+_File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Columns = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=KIND")]
 
 
 def main() -> None:
     """Run the command line; exits with 0, or non-zero after one clear message."""
     warnings.showwarning = lambda message, *_, **__: print(f"aevb: {message}", file=sys.stderr)
-    verbs = (train, evaluate, compare, sample, encode, score, report, check)
+    verbs = (inspect, train, evaluate, compare, sample, encode, impute, score, report, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {verb.__name__: verb for verb in verbs},
@@ -73,22 +69,18 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe has gone, as in `aevb --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except _Stopped as error:
+    except Stopped as error:
         status, told = error.args
         print(f"aevb: stopped. {told}", file=sys.stderr)
         sys.exit(status)
-    except KeyboardInterrupt as error:
-        print(f"aevb: stopped. {error}" if str(error) else "aevb: stopped.", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("aevb: stopped.", file=sys.stderr)
         sys.exit(130)
-
-
-class _Stopped(Exception):
-    """A run was told to stop, and did: the status to end with, and how to go on."""
 
 
 def _model_flags() -> type:
     """The fields of `ModelConfig` that the data do not decide, with their docstrings as help."""
-    body = ast.parse(inspect.getsource(ModelConfig)).body[0]
+    body = ast.parse(getsource(ModelConfig)).body[0]
     assert isinstance(body, ast.ClassDef)
     told = {}
     for line, text in zip(body.body, body.body[1:], strict=False):
@@ -97,12 +89,15 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name == "features":
+        if field.name in ("features", "kinds"):
             continue
         kind, default, metavar = hints[field.name], field.default, None
         if field.name == "likelihood":
             kind, default = Literal["auto", *get_args(kind)], "auto"
-            told[field.name] += " auto: counts with a known limit, zeros and ones, or real values, as the data are."
+            told[field.name] += (
+                " auto: mixed for a table whose columns have names; else counts with a known limit, zeros and ones, or "
+                "real values, as the data are."
+            )
         if field.name == "total_count":
             metavar = "INT"
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
@@ -116,6 +111,36 @@ else:
     _ModelFlags = _model_flags()
 
 
+def inspect(
+    file: Annotated[str, tyro.conf.Positional],
+    column: _Columns = (),
+    schema: _File = None,
+    out: _File = None,
+    json: bool = False,
+) -> None:
+    """Show what each column of a table holds, and why it is taken for that.
+
+    Args:
+        file: A .csv, .parquet or .arrow file with named columns.
+        column: Kinds of one's own: binary, categorical, ordinal, ordinal:LOW:HIGH, count, continuous, positive, date,
+            identifier, text or drop.
+        schema: Kinds as a schema file tells them.
+        out: Schema file to write, for `aevb train --schema`.
+        json: Print the schema and nothing else.
+    """
+    from aevb.apps.tables import inspected, print_schema
+
+    found = inspected(file, column, schema)
+    if out is not None:
+        found.save(out)
+    if json:
+        print(dumps(found.to_json()))
+        return
+    print_schema(found)
+    if out is not None:
+        print(f"schema written to {out}")
+
+
 def train(
     data: Annotated[str, tyro.conf.Positional] = "",
     out: _Folder = None,
@@ -123,10 +148,15 @@ def train(
     objective: Literal["elbo", "iwae"] = "elbo",
     binarize: Literal["none", "static", "epoch"] = "none",
     drop_constant: bool = False,
+    column: _Columns = (),
+    schema: _File = None,
     model: _ModelFlags = _ModelFlags(),  # noqa: B008
     training: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> None:
     """Train a model on DATA and save the run.
+
+    The columns of a table (.csv with a header, .parquet, .arrow) may be of different kinds, which are found, told by
+    `aevb inspect`, and given likelihoods of their own. With --likelihood or --binarize all entries are of one kind.
 
     Args:
         data: `digits`, a .npy, .npz, .csv, .parquet or IDX file, or a folder of the four MNIST files.
@@ -135,100 +165,29 @@ def train(
         objective: Bound to maximise; iwae uses --samples draws.
         binarize: Draw black or white from grey values: once, or anew each time they are used.
         drop_constant: Leave out columns that hold one value only.
+        column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
+        schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
         model: The model.
         training: The training.
     """
+    from aevb.apps.tables import kinds_of, set_aside
+
     if resume is not None:
-        told = (data, out, objective, binarize, drop_constant, model, training)
-        if told != ("", None, "elbo", "none", False, _ModelFlags(), TrainConfig()):
+        told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
+        if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
-        _go_on(resume)
+        go_on(resume)
         return
     if not data or out is None:
         raise InputError(
             "`aevb train` needs DATA and --out FOLDER, or --resume FOLDER. Try: aevb train digits --out RUN"
         )
+    kinds = kinds_of(data, column, schema, model.likelihood, binarize)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
-    _start(source, out, objective, dataclasses.asdict(model), training)
-
-
-def _start(source: dict[str, Any], out: Path, objective: str, model: dict[str, Any], config: TrainConfig) -> None:
-    import torch
-
-    from aevb.build import build_vae
-    from aevb.checkpoint import holds_nothing
-
-    if not holds_nothing(out):
-        raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
-    data = load_data(source)
-    described = model_config(model, data)
-    before = torch.get_default_dtype()
-    try:
-        # Values that float32 cannot tell apart, such as times in seconds, are read as float64 and modelled so.
-        torch.set_default_dtype(torch.float64 if data.train.dtype == torch.float64 else before)
-        with torch.random.fork_rng():
-            torch.manual_seed(config.seed)
-            vae = build_vae(described, rows_for_start(data))
-    finally:
-        torch.set_default_dtype(before)
-    describe = data.describe() | {"command": source, "objective": objective}
-    print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
-    with steps_done(config.steps) as progress:
-        run = _fit(vae, data, config, objective, out, False, progress, describe)
-    _tell_end(run)
-
-
-def _go_on(folder: Path) -> None:
-    import torch
-
-    run = open_run(folder)
-    so_far = run.resume["numbers"]
-    if so_far["finished"] or so_far["step"] >= run.config.steps:
-        raise InputError(
-            f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
-        )
-    torch.set_num_threads(so_far["threads"])  # another number would round otherwise
-    data = data_of(run, None)
-    with steps_done(run.config.steps, so_far["step"]) as progress:
-        run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data)
-    _tell_end(run)
-
-
-def _fit(
-    vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, resume: bool,
-    progress: Callable[[dict[str, Any]], None], describe: dict[str, Any],
-) -> Run:  # fmt: skip
-    from aevb.checkpoint import holds_nothing
-    from aevb.training import fit
-
-    try:
-        return fit(
-            vae,
-            data.training(),
-            config,
-            objective=objective,
-            out=out,
-            resume=resume,
-            progress=progress,
-            describe=describe,
-        )
-    except (KeyboardInterrupt, SystemExit) as stop:
-        told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
-        if holds_nothing(out):
-            raise
-        if isinstance(stop, KeyboardInterrupt):
-            raise KeyboardInterrupt(told) from None
-        raise _Stopped(stop.code, told) from None
-
-
-def _tell_end(run: Run) -> None:
-    last = run.history[-1]
-    kept = [record for record in run.history if "validation" in record]
-    if kept:
-        best = max(kept, key=lambda record: record["validation"])
-        print(f"kept the weights of step {best['step']} (validation ELBO {best['validation']:.2f} nats)")
-    early = ", stopped early," if last["step"] < run.config.steps else ""
-    print(f"trained {last['step']} steps{early} in {last['seconds']:.0f} s; saved in {run.path}")
+    if kinds is not None:
+        print(set_aside(kinds), end="", flush=True)
+        source["schema"] = kinds.to_json()
+    start(source, out, objective, dataclasses.asdict(model), training)
 
 
 def evaluate(
@@ -316,22 +275,22 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
     Args:
         run: Folder of the run.
         n: Rows to draw.
-        out: File to write: .npy, .csv or .parquet.
+        out: File to write: .csv or .parquet; .npy where all columns are of one kind.
         seed: Key of the draws.
     """
     import torch
 
-    from aevb.data import check_destination, write_rows
+    from aevb.apps.tables import written
+    from aevb.data import check_destination
 
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}. Give the number of rows to draw.")
-    check_destination(out)
     found = open_run(run)
+    check_destination(out, tables=schema_of(found) is not None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         x = found.vae.p.sample(n)["x"]
-    columns = found.data.get("columns") or [f"x{j + 1}" for j in range(x.shape[1])]
-    write_rows(out, x.numpy(), columns)
+    written(out, found, x)
     print(f"{n} rows written to {out}")
 
 
@@ -361,40 +320,68 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
     print(f"{len(parts[0])} rows, {len(columns)} columns written to {out}")
 
 
-def score(
+def impute(
     run: Annotated[Path, tyro.conf.Positional],
     data: Annotated[str, tyro.conf.Positional],
     out: Path,
+    draws: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 0,
+    samples: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Fill in the missing entries of DATA: by their mean given what is observed (categories: the most probable value).
+
+    With -m each entry is drawn M times instead, multiple imputations: the tables stand one below another, numbered by
+    the column `imputation`.
+
+    Args:
+        run: Folder of the run.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX.
+        out: File to write: .csv or .parquet; .npy where all columns are of one kind.
+        draws: Multiple imputations M; 0 for the mean.
+        samples: Importance samples a row.
+        seed: Key of the draws.
+    """
+    from aevb.apps.tables import impute_file
+    from aevb.data import check_destination
+
+    found = open_run(run)
+    check_destination(out, tables=schema_of(found) is not None)
+    print(impute_file(found, data, out, draws=draws, samples=samples, seed=seed))
+    print(f"written to {out}")
+
+
+def score(
+    run: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[str, tyro.conf.Positional],
+    out: _File = None,
+    by_column: bool = False,
+    top: int = 0,
     samples: int = 1000,
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Write log p(x) of each row of DATA with its standard error.
+    """Estimate log p(x) of each row of DATA, of what is observed in it, with its standard error.
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet or IDX.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX.
         out: File to write: .npy, .csv or .parquet.
+        by_column: Write -log p of each entry given the others of its row, too, with its standard error.
+        top: Show so many rows that the model finds least likely, and what in them surprises it most.
         samples: Importance samples a row.
         seed: Key of the draws.
         json: Print one JSON object and nothing else.
     """
-    import torch
+    from aevb.apps.tables import score_file
 
-    from aevb.apps.summary import summarize
-    from aevb.data import check_destination, write_rows
-    from aevb.evaluate import log_marginal
-
-    check_destination(out)
+    if top < 0:
+        raise InputError(f"`top` must not be negative; got {top}. Give the number of rows to show.")
     found = open_run(run)
-    values = {"x": rows_of_file(found, data)}
-    with rows_done("scoring", len(values["x"]), quiet=json) as progress:
-        marginal = log_marginal(found.vae, values, samples, seed=seed, progress=progress)
-    names = ("log_prob", "std_error", "ess", "pareto_k")
-    write_rows(out, torch.stack([getattr(marginal, name) for name in names], 1).numpy(), names)
-    summary = summarize(found.vae, values, marginal, seed=seed, split=Path(data).name, data=pixels(found))
+    summary, told = score_file(found, data, out, by_column=by_column, top=top, samples=samples, seed=seed, quiet=json)
+    for each in () if json else told:
+        each()
     _print_summary(summary, json)
-    if not json:
+    if not json and out is not None:
         print(f"written to {out}")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
-    from aevb.data import Data
+    from aevb.data import Data, Schema
 
 __all__ = [
     "EVALUATION",
@@ -33,6 +33,7 @@ __all__ = [
     "pixels",
     "rows_for_start",
     "rows_of_file",
+    "schema_of",
     "test_rows",
 ]
 
@@ -172,9 +173,11 @@ def open_run(folder: Path) -> Run:
 
 def load_data(source: dict[str, Any]) -> Data:
     """The data that a run's command names."""
-    from aevb.data import load
+    from aevb.data import Schema, load, load_table
 
     name = source["source"]
+    if source.get("schema"):
+        return load_table(name, Schema.from_json(source["schema"]))
     return load(name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"])
 
 
@@ -191,8 +194,10 @@ def data_of(run: Run, moved: str | None) -> Data:
 
 def rows_of_file(run: Run, path: str) -> Tensor:
     """Rows of a file in the columns of a run."""
-    from aevb.data import read_rows
+    from aevb.data import read_rows, table_rows
 
+    if schema := schema_of(run):
+        return table_rows(path, schema)
     told, command = run.data, run.data["command"]
     return read_rows(
         path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
@@ -200,11 +205,19 @@ def rows_of_file(run: Run, path: str) -> Tensor:
     )  # fmt: skip
 
 
+def schema_of(run: Run) -> Schema | None:
+    """What the columns of a run's table hold; None for a run on numbers of one kind."""
+    from aevb.data import Schema
+
+    told = run.data["command"].get("schema")
+    return Schema.from_json(told) if told else None
+
+
 def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     """The flags, completed by what the data tell."""
     given = dict(model)
     if given["likelihood"] == "auto":
-        given["likelihood"] = _likelihood(data)
+        given["likelihood"] = "mixed" if data.kinds else _likelihood(data)
     if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
         given["total_count"] = data.total_count
     if given["likelihood"] in ("normal", "student-t") and data.constant:
@@ -212,6 +225,10 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
             f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
             "normal or student-t likelihood would go to zero there. Leave them out with --drop-constant."
         )
+    if given["likelihood"] == "mixed":
+        if not data.kinds:
+            raise InputError("`--likelihood mixed` is for tables whose columns have names. Give such a file.")
+        given["kinds"] = data.kinds
     given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
     return ModelConfig(features=data.features, **given)
 

@@ -59,10 +59,11 @@ def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor]) -> Non
                     f"`{first}` and `{name}` differ in their {about}{shown}; log p(x) of other rows or units cannot be "
                     f"compared. {remedy}."
                 )
-        if _is_density(one) != _is_density(other):
+        if _densities(one) != _densities(other):
             raise InputError(
-                f"`{first}` has the likelihood {_likelihood(one)} and `{name}` {_likelihood(other)}: one is a density, "
-                "the other a probability, and their logarithms have no common unit. Choose likelihoods of one kind."
+                f"`{first}` has the likelihood {_likelihood(one)} and `{name}` {_likelihood(other)}: one is a density "
+                "where the other is a probability, and their logarithms have no common unit. Choose likelihoods of one "
+                "kind, and a table's columns of one kind."
             )
         if rows[first].shape != rows[name].shape or not torch.equal(
             rows[first].nan_to_num(math.pi), rows[name].nan_to_num(math.pi)
@@ -78,8 +79,12 @@ def _likelihood(run: Run) -> str:
     return run.vae.config.likelihood if run.vae.config else "unknown"
 
 
-def _is_density(run: Run) -> bool:
-    return _likelihood(run) in DENSITIES
+def _densities(run: Run) -> tuple[bool, ...]:
+    """Which columns have a density in their units; the others have probabilities."""
+    config = run.vae.config
+    if config is not None and config.kinds:
+        return tuple(kind in ("continuous", "positive") for kind in config.kinds)
+    return (_likelihood(run) in DENSITIES,) * (config.features if config else 1)
 
 
 def told(contestants: Sequence[Contestant], found: Comparison) -> list[str]:

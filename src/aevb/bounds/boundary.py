@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from aevb._shapes import Values, check_event, rows_of
 from aevb.bayesnet import VAE, BayesNet
 from aevb.config import InputError
-from aevb.distributions import check_factorizes, count_states, draw, support_violation
+from aevb.distributions import Mixed, check_factorizes, count_states, draw, support_violation
 
 __all__ = ["evaluating", "holes_in", "keeping_buffers", "prepare"]
 
@@ -161,7 +161,14 @@ def _refuse(node: str, value: Tensor, d: td.Distribution) -> None:
     else:
         return
     base = d.base_dist if isinstance(d, td.Independent) else d
-    family, came = type(base).__name__, value[at].tolist() if len(at) == value.ndim else value[at[0]].tolist()
+    family = type(base).__name__
+    if isinstance(base, Mixed) and len(at) == 2:
+        kind, entry = base.kinds[at[1]], value[at].item()
+        raise InputError(
+            f"`{node}` is {entry:g} in row {at[0]}, column {at[1]} (counting from 0), which is no value of its kind, "
+            f"{kind}. Mend the entry, make it NaN, or build the model with another kind."
+        )
+    came = value[at].tolist() if len(at) == value.ndim else value[at[0]].tolist()
     remedy = {
         "Bernoulli": "Binarise the values first, or choose a likelihood for grey values (binomial, normal).",
         "Binomial": "Values are whole counts from 0 to total_count: raise total_count, or choose another likelihood.",

@@ -17,6 +17,7 @@ from aevb.conditionals.likelihoods import (
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
+from aevb.conditionals.mixed import Mixed
 from aevb.conditionals.posteriors import DiagonalNormal, FullNormal, LadderNormal
 from aevb.conditionals.priors import Categorical, LearnedNormal, MixtureOfNormals, StandardNormal, VampPrior
 
@@ -33,6 +34,7 @@ __all__ = [
     "FullNormal",
     "LadderNormal",
     "LearnedNormal",
+    "Mixed",
     "MixtureOfNormals",
     "NegativeBinomial",
     "Normal",

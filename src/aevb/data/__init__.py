@@ -3,9 +3,31 @@
 from __future__ import annotations
 
 from aevb.data.binary import Binarize, Binarized
+from aevb.data.coding import decode, encode, widened
 from aevb.data.dataset import Data
-from aevb.data.loading import load
+from aevb.data.frames import read_frame
+from aevb.data.kinds import find_schema
+from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
-from aevb.data.writing import check_destination, write_rows
+from aevb.data.schema import Column, Schema
+from aevb.data.writing import check_destination, write_frame, write_rows
 
-__all__ = ["Binarize", "Binarized", "Data", "check_destination", "load", "read_rows", "write_rows"]
+__all__ = [
+    "Binarize",
+    "Binarized",
+    "Column",
+    "Data",
+    "Schema",
+    "check_destination",
+    "decode",
+    "encode",
+    "find_schema",
+    "load",
+    "load_table",
+    "read_frame",
+    "read_rows",
+    "table_rows",
+    "widened",
+    "write_frame",
+    "write_rows",
+]

@@ -57,6 +57,8 @@ class Data:
     """Constant columns that were removed."""
     kept: tuple[int, ...] | None = None
     """Positions in the source of the P columns, counting from 0; None if none was dropped."""
+    kinds: tuple[str, ...] = ()
+    """What each column of a table holds, as `aevb.Mixed` takes it; empty where all are of one kind."""
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

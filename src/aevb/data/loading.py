@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from aevb.config import InputError
 from aevb.data.binary import Binarize, check_binarize, draw_once, full_grey
+from aevb.data.coding import encode
 from aevb.data.dataset import Data
+from aevb.data.files import Part
+from aevb.data.frames import Frame, read_frame
 from aevb.data.rows import Rows, column_name, grey_of, rows_from
+from aevb.data.schema import Schema
 from aevb.data.sources import open_source
 
-__all__ = ["load"]
+__all__ = ["load", "load_table", "table_rows"]
 
 
 def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False) -> Data:
@@ -84,6 +89,61 @@ def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop
         seed=seed,
     )
     return _mark_constant(data, train.where, drop_constant)
+
+
+def load_table(source: Any, schema: Schema) -> Data:
+    """Reads the columns of a table that a model is made of, as numbers.
+
+    Args:
+        source: A CSV, Parquet or Arrow file, or a frame of polars, pyarrow or pandas.
+        schema: What the columns hold, as `find_schema` tells.
+
+    Returns:
+        The data set, with the `kinds` of its columns.
+
+    Raises:
+        InputError: If the table does not fit the schema, has fewer than two rows, or a modelled column has no value in
+            it.
+
+    Example:
+        >>> import polars as pl
+        >>> from aevb.data import find_schema
+        >>> frame = pl.DataFrame({"smokes": ["yes", "no", None], "height": [1.8, 1.65, 1.7]})
+        >>> load_table(frame, find_schema(frame)).kinds
+        ('binary', 'continuous')
+    """
+    frame = read_frame(source)
+    if frame.table.height < 2:
+        raise InputError(f"{frame.where} has one row; a model of one row would only repeat it. Give at least two rows.")
+    if not schema.names:
+        kinds = ", ".join(f"`{column.name}` {column.kind}" for column in schema.columns[:10])
+        raise InputError(f"{frame.where} has no column to model ({kinds}). Give other columns, or other kinds.")
+    train = table_rows(frame, schema)
+    if bool((empty := train.isnan().all(0)).any()):
+        name = schema.names[int(empty.nonzero()[0])]
+        raise InputError(
+            f"{frame.where}, column `{name}` has no value at all, and nothing can be learned of it. Drop it: "
+            f"--column {name}=drop."
+        )
+    for j, column in enumerate(schema.modelled):
+        known = train[:, j][~train[:, j].isnan()]
+        if column.kind in ("continuous", "positive", "date") and bool((known == known[0]).all()):
+            raise InputError(
+                f"{frame.where}, column `{column.name}` has one value, and the scale of a {column.kind} column would "
+                f"go to zero. Drop it: --column {column.name}=drop."
+            )
+    name = Path(source).name if isinstance(source, str | Path) else "table"
+    return Data(name=name, train=train, columns=schema.names, kinds=schema.kinds)
+
+
+def table_rows(source: Any, schema: Schema) -> Tensor:
+    """Rows of a table in the columns of a model, `(N, P)`, NaN for missing; arguments as for `load_table`.
+
+    Raises:
+        InputError: If the table does not fit the schema.
+    """
+    frame = source if isinstance(source, Frame) else read_frame(source)
+    return rows_from(Part(where=frame.where, values=encode(schema, frame), columns=schema.names, named=True)).x
 
 
 def _alike(train: Rows, test: Rows) -> tuple[Rows, Rows]:

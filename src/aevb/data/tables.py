@@ -18,7 +18,7 @@ from aevb.data.files import MISSING, Part, opened, parsing, shown
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["are_numbers", "check_names", "polars", "read_csv", "read_parquet"]
+__all__ = ["are_numbers", "check_names", "csv_cells", "parquet_frame", "polars", "read_csv", "read_parquet"]
 
 _LARGEST_WHOLE = 2**53  # up to here float64 tells every whole number from the next
 
@@ -62,6 +62,18 @@ def read_csv(path: Path) -> Part:
     Raises:
         InputError: If a cell is text, or the lines differ in length.
     """
+    where = f"`{path}`"
+    frame, named = csv_cells(path)
+    values = _stack([_numbers(series, series.name, where) for series in frame])
+    return Part(where=where, values=values, columns=tuple(frame.columns), named=named)
+
+
+def csv_cells(path: Path) -> tuple[pl.DataFrame, bool]:
+    """Cells as text under their names, and whether the first line names the columns; without, they are x1, x2, ...
+
+    Raises:
+        InputError: If the lines differ in length, or names are missing or doubled.
+    """
     pl, where = polars(), f"`{path}`"
     with opened(path) as file, parsing(where, "a CSV file in UTF-8"):
         content = _plain_lines(file.read())
@@ -72,9 +84,8 @@ def read_csv(path: Path) -> Part:
     named = not _is_data(first)
     columns = tuple(first) if named else tuple(f"x{j + 1}" for j in range(len(first)))
     check_names(columns, where)
-    cells = zip(frame[int(named) :], columns, strict=True)
-    values = _stack([_numbers(series, name, where) for series, name in cells])
-    return Part(where=where, values=values, columns=columns, named=named)
+    frame.columns = list(columns)
+    return frame[int(named) :], named
 
 
 def _plain_lines(content: bytes) -> bytes:
@@ -150,15 +161,26 @@ def read_parquet(path: Path) -> Part:
     Raises:
         InputError: If a column is neither, or holds whole numbers too large for float64.
     """
-    pl, where = polars(), f"`{path}`"
-    with opened(path) as file, parsing(where, "Parquet"):
-        try:
-            # Read from memory: polars expands * and [ in paths.
-            frame = pl.read_parquet(io.BytesIO(file.read()))
-        except pl.exceptions.PanicException as error:  # not an Exception
-            raise ValueError(str(error)) from None
+    where, frame = f"`{path}`", parquet_frame(path)
     values = _stack([_column(series, where) for series in frame])
     return Part(where=where, values=values, columns=tuple(frame.columns), named=True)
+
+
+def parquet_frame(path: Path) -> pl.DataFrame:
+    """The table in a Parquet or Arrow (Feather) file, as it is.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    pl = polars()
+    form, read = ("Parquet", pl.read_parquet) if path.suffix.lower() == ".parquet" else ("an Arrow file", pl.read_ipc)
+    with opened(path) as file, parsing(f"`{path}`", form):
+        try:
+            # Read from memory: polars expands * and [ in paths.
+            frame = read(io.BytesIO(file.read()))
+            return frame  # type: ignore[no-any-return]
+        except pl.exceptions.PanicException as error:  # not an Exception
+            raise ValueError(str(error)) from None
 
 
 def _column(series: pl.Series, where: str) -> NDArray[Any]:

@@ -6,7 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,7 +17,10 @@ from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 from aevb.data.tables import are_numbers, check_names, polars
 
-__all__ = ["check_destination", "write_rows"]
+if TYPE_CHECKING:
+    import polars as pl
+
+__all__ = ["check_destination", "write_frame", "write_rows"]
 
 
 def write_rows(
@@ -58,6 +61,28 @@ def write_rows(
     write_atomically(path, _WRITERS[path.suffix.lower()](rows, names))
 
 
+def write_frame(path: str | Path, frame: pl.DataFrame, *, overwrite: bool = False) -> None:
+    r"""Writes a table of any kind of column as `.csv` or `.parquet`, by suffix, whole or not at all.
+
+    Args:
+        path: Where to; the folder must exist.
+        frame: The table.
+        overwrite: Replace a file that is there.
+
+    Raises:
+        InputError: As for `write_rows`.
+    """
+    path = Path(path)
+    check_destination(path, overwrite=overwrite, tables=True)
+    check_names(frame.columns, "the table")
+    content = io.BytesIO()
+    if path.suffix.lower() == ".csv":
+        frame.write_csv(content)
+    else:
+        frame.write_parquet(content)
+    write_atomically(path, content.getvalue())
+
+
 def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
     if isinstance(array, Tensor):
         array = array.detach().cpu()
@@ -74,8 +99,8 @@ def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
     return rows.astype(dtype, copy=False)
 
 
-def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
-    """Raise what `write_rows` would of its path, before the work whose result is to be written.
+def check_destination(path: str | Path, *, overwrite: bool = False, tables: bool = False) -> None:
+    """Raise what `write_rows`, or for tables `write_frame`, would of its path, before the work that is to be written.
 
     Example:
         >>> check_destination("codes.txt")
@@ -83,9 +108,10 @@ def check_destination(path: str | Path, *, overwrite: bool = False) -> None:
         aevb.config.InputError: `codes.txt` must end in .npy, .csv, .parquet; got '.txt'. Choose one of these suffixes.
     """
     path = Path(path)
-    if path.suffix.lower() not in _WRITERS:
+    allowed = [suffix for suffix in _WRITERS if not tables or suffix != ".npy"]  # which holds numbers only
+    if path.suffix.lower() not in allowed:
         raise InputError(
-            f"`{path}` must end in {', '.join(_WRITERS)}; got {path.suffix!r}. Choose one of these suffixes."
+            f"`{path}` must end in {', '.join(allowed)}; got {path.suffix!r}. Choose one of these suffixes."
         )
     if os.path.isdir(path):
         raise InputError(f"`{path}` is a folder. Give the path of a file.")

@@ -1,6 +1,6 @@
 """What torch.distributions lacks: drawing with the density, keyed noise, densities with holes, closed-form KLs."""
 
-from aevb.distributions.density import base_of, check_factorizes, log_prob, support_violation
+from aevb.distributions.density import base_of, check_factorizes, entries_log_prob, log_prob, support_violation
 from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
     Bernoulli,
@@ -14,6 +14,7 @@ from aevb.distributions.families import (
 )
 from aevb.distributions.finite import Delta, OneHot, count_states, relaxed, states
 from aevb.distributions.kl import CLOSED_KL, closed_kl
+from aevb.distributions.mixed import Codes, LogNormal, Mixed, Together
 from aevb.distributions.mixtures import NormalMixture
 
 __all__ = [
@@ -21,20 +22,25 @@ __all__ = [
     "Bernoulli",
     "BetaBinomial",
     "Binomial",
+    "Codes",
     "Delta",
     "DiscretizedLogistic",
+    "LogNormal",
+    "Mixed",
     "NegativeBinomial",
     "Noise",
     "NormalMixture",
     "OneHot",
     "Poisson",
     "StudentT",
+    "Together",
     "ZeroInflatedNegativeBinomial",
     "base_of",
     "check_factorizes",
     "closed_kl",
     "count_states",
     "draw",
+    "entries_log_prob",
     "log_prob",
     "normals",
     "relaxed",

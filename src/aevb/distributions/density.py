@@ -9,7 +9,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.distributions.families import Bernoulli
 
-__all__ = ["base_of", "check_factorizes", "log_prob", "support_violation"]
+__all__ = ["base_of", "check_factorizes", "entries_log_prob", "log_prob", "support_violation"]
 
 
 def base_of(d: td.Distribution) -> td.Distribution:
@@ -44,8 +44,19 @@ def log_prob(d: td.Distribution, value: Tensor, known: Tensor | None = None) -> 
     if base is d and d.event_shape:  # a row is known or missing throughout, or the boundary refused it
         whole = known.all(-1) if len(axes) == 1 else known.flatten(-len(axes)).all(-1)
         return torch.where(whole, d.log_prob(torch.where(known, value, 0.0)), 0.0)
-    entries = torch.where(known, base.log_prob(torch.where(known, value, _filler(base))), 0.0)
+    entries = entries_log_prob(base, value, known)
     return entries.sum(axes) if axes else entries
+
+
+def entries_log_prob(base: td.Distribution, value: Tensor, known: Tensor) -> Tensor:
+    """Log-density of each entry in nats, `(*, *event)`; 0 where it is not known.
+
+    Args:
+        base: The distribution of one entry, as `base_of` tells it.
+        value: Anything, NaN included, where `known` is false.
+        known: True where `value` is given.
+    """
+    return torch.where(known, base.log_prob(torch.where(known, value, _filler(base))), 0.0)
 
 
 def check_factorizes(d: td.Distribution, known: Tensor) -> None:
@@ -63,6 +74,8 @@ def check_factorizes(d: td.Distribution, known: Tensor) -> None:
 def _filler(base: td.Distribution) -> float | Tensor:
     """A value inside the support of every entry, found without reading a tensor (this runs inside compiled steps)."""
     support = base.support
+    if hasattr(support, "filler"):  # columns of different families have one each
+        return support.filler  # type: ignore[union-attr, no-any-return]
     lower, upper = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
     if lower is None:
         return 0.0

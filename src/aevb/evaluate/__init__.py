@@ -3,6 +3,7 @@
 from aevb.evaluate.annealing import Annealed, Bracket, ais, bidirectional, reverse_ais
 from aevb.evaluate.calibration import Calibration, simulation_based_calibration
 from aevb.evaluate.comparison import Comparison, compare
+from aevb.evaluate.entries import Surprisal, surprisal
 from aevb.evaluate.gaps import Gaps, inference_gaps
 from aevb.evaluate.imputation import Imputation, impute
 from aevb.evaluate.latents import Information, active_units, aggregated, information
@@ -20,6 +21,7 @@ __all__ = [
     "Information",
     "Marginal",
     "PredictiveCheck",
+    "Surprisal",
     "active_units",
     "aggregated",
     "ais",
@@ -33,4 +35,5 @@ __all__ = [
     "predictive_check",
     "reverse_ais",
     "simulation_based_calibration",
+    "surprisal",
 ]

@@ -20,6 +20,7 @@ from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.bounds import Terms, holes_in, prepare
 from aevb.config import InputError
+from aevb.distributions import Mixed, base_of
 from aevb.evaluate.stream import Keyed, stream
 
 __all__ = ["Imputation", "impute"]
@@ -27,7 +28,11 @@ __all__ = ["Imputation", "impute"]
 
 @dataclass(frozen=True, kw_only=True)
 class Imputation:
-    """Missing entries filled in, by node; classes as one-hot vectors."""
+    """Missing entries filled in, by node; classes as one-hot vectors.
+
+    A category of `Mixed` has no mean: it is filled in with the most probable code, and its spread is the chance that it
+    is another.
+    """
 
     mean: dict[str, Tensor]  # (N, *event) observed entries as they are, missing ones at E[x_m | x_o]
     std: dict[str, Tensor]  # (N, *event) of x_m | x_o; 0 where observed
@@ -96,6 +101,7 @@ class _Imputing:
         self.top = torch.full((self.rows,), -math.inf, dtype=torch.float64)
         self.total = torch.zeros(2, self.rows, dtype=torch.float64)  # of w and of w^2
         self.moments: dict[str, Tensor] = {}  # of x and of x^2, (2, N, *event)
+        self.states: dict[tuple[str, int], Tensor] = {}  # of a category by node and column, (N, C)
         self.best = torch.full((draws, self.rows), -math.inf, dtype=torch.float64)
         self.kept: dict[str, Tensor] = {}  # latents, (M, N, *event)
 
@@ -113,6 +119,11 @@ class _Imputing:
             flat = (part.expand(lead + event).flatten(0, len(lead) - 2) for part in self._moments(node, found))
             new = torch.stack([torch.einsum("sn,sn...->n...", w, part.double().cpu()) for part in flat])
             self.moments[node] = self.moments.get(node, torch.zeros_like(new)) * _along(shrink, new[0]) + new
+            for column, probs in self._states(node, found).items():
+                flat_probs = probs.expand(lead + probs.shape[-1:]).flatten(0, len(lead) - 2).double().cpu()
+                new = torch.einsum("sn,snc->nc", w, flat_probs)
+                before = self.states.get((node, column), torch.zeros_like(new))
+                self.states[node, column] = before * shrink.unsqueeze(-1) + new
         self.top = top
         if len(self.best):
             self._choose(found, log_w, lead)
@@ -127,6 +138,10 @@ class _Imputing:
             missing, known = value.isnan(), value.nan_to_num(0.0)
             mean, square = self.moments[node] / _along(self.total[0], value)
             spread = (square - mean.square()).clamp(min=0).sqrt()
+            for (owner, column), total in self.states.items():
+                if owner == node:
+                    share, mean[:, column] = (total / self.total[0].unsqueeze(-1)).max(1)
+                    spread[:, column] = 1 - share
             parts.append(torch.where(missing, mean.to(value), known))
             parts.append(torch.where(missing, spread.to(value), 0.0))
             parts.append(drawn[node].transpose(0, 1) if drawn else value.new_zeros(self.rows, 0))
@@ -139,6 +154,13 @@ class _Imputing:
             return value, value.square()
         d = self.vae.p.distribution(node, found.values)
         return d.mean, d.variance + d.mean.square()
+
+    def _states(self, node: str, found: Terms) -> dict[int, Tensor]:
+        """Probabilities of the categories of a table's columns, by column."""
+        if node in found.latent:
+            return {}
+        base = base_of(self.vae.p.distribution(node, found.values))
+        return base.states if isinstance(base, Mixed) else {}
 
     def _choose(self, found: Terms, log_w: Tensor, lead: torch.Size) -> None:
         """Keep, for each imputation, the latents with the largest log w + Gumbel noise so far."""

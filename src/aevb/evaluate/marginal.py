@@ -78,7 +78,8 @@ def log_marginal(
         progress: Called with the number of rows finished since the last call.
 
     Returns:
-        The estimates, float64. Where classes are summed over, the curve begins above the ELBO.
+        The estimates, float64. Where classes are summed over, the curve begins above the ELBO. A row of which nothing
+        is observed has log p = 0, exactly; its ELBO is what q loses there.
 
     Raises:
         InputError: For values the model cannot take, fewer than one sample, or weights that are not numbers (the rows
@@ -110,6 +111,8 @@ def log_marginal(
             "returned NaN or infinity there. Look at those rows, and at the weights for non-finite values."
         )
     log_prob, std_error, ess, k, elbo, curve = columns
+    blank = _blank(vae, values).to(log_prob.device)
+    log_prob, std_error = (torch.where(blank, 0.0, column) for column in (log_prob, std_error))
     groups = [2**level for level in range(curve.shape[1])]
     return Marginal(
         log_prob=log_prob,
@@ -120,6 +123,13 @@ def log_marginal(
         curve=dict(zip(groups, curve.T, strict=True)) | {samples: log_prob},
         samples=samples,
     )
+
+
+def _blank(vae: VAE, values: Values) -> Tensor:
+    """Rows `(N,)` of which nothing is observed, so that their probability is one."""
+    own = {name: torch.as_tensor(value) for name, value in values.items() if name not in vae.given}
+    missing = [value.isnan().flatten(1).all(1) for value in vae.p.to_states(own).values()]
+    return torch.stack(missing).all(0) if missing else torch.zeros(rows_of(values), dtype=torch.bool)
 
 
 def _weights(vae: VAE, values: Values, count: int, made: Pass) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,12 @@ from aevb.nets.convolutions import ConvNet, TransposedConvNet
 from aevb.nets.form import ACTIVATIONS
 from aevb.nets.mlp import MLP
 from aevb.nets.parametric import Fixed, ParametricMLP
-from aevb.nets.wrappers import Holes, Rows, Standardize
+from aevb.nets.wrappers import Columns, Holes, Rows, Standardize
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
+    "Columns",
     "ConvNet",
     "Fixed",
     "Holes",

@@ -2,14 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor, nn
 
 from aevb._shapes import by_rows, join
-from aevb.config import InputError
+from aevb.config import InputError, Kind
 
-__all__ = ["Holes", "Rows", "Standardize"]
+__all__ = ["Columns", "Holes", "Rows", "Standardize"]
+
+
+@final
+class Columns(nn.Module):
+    r"""Shows `net` a row of a table: numbers centred and scaled, categories one-hot, and which entries are known.
+
+    A count is shown as :math:`(\log(1 + x) - m) / s`, a positive value as :math:`(\log x - m) / s`, a category as one
+    number for each code, any other entry as :math:`(x - m) / s`; a missing entry as zeros. The mask (1 where known)
+    follows, `(*, P)`.
+
+    Args:
+        net: Takes `(*, Columns.width(kinds))`.
+        kinds: What each of the P columns holds, as for `Mixed`.
+        loc: m; a number or `(P,)`, of which those of categories are not used.
+        scale: s > 0, likewise.
+
+    Example:
+        >>> Columns(nn.Identity(), ["binary", "categorical:3"])(torch.tensor([[torch.nan, 2.0]]))
+        tensor([[0., 0., 0., 1., 0., 1.]])
+    """
+
+    sees_holes = True
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, net: nn.Module, kinds: Sequence[str], loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
+    ) -> None:
+        super().__init__()
+        parsed = [Kind.parse(kind) for kind in kinds]
+        self.net, self.kinds = net, tuple(kinds)
+        dtype = torch.get_default_dtype()
+        for name, value in (("loc", loc), ("scale", scale)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=dtype).expand(len(parsed)).clone())
+        at = [[j for j, kind in enumerate(parsed) if kind.name == name] for name in ("count", "positive")]
+        # Where each input comes from, and for a category the code that it stands for.
+        source = [(j, code) for j, kind in enumerate(parsed) for code in range(kind.inputs)]
+        single = [kind.name != "categorical" for kind in parsed]
+        for name, made in (
+            ("_counts", torch.tensor(at[0], dtype=torch.long)),
+            ("_positive", torch.tensor(at[1], dtype=torch.long)),
+            ("_source", torch.tensor([j for j, _ in source])),
+            ("_code", torch.tensor([float(code) for _, code in source])),
+            ("_single", torch.tensor([single[j] for j, _ in source])),
+        ):
+            self.register_buffer(name, made, persistent=False)
+
+    @staticmethod
+    def width(kinds: Sequence[str]) -> int:
+        """Inputs that the net needs."""
+        return sum(Kind.parse(kind).inputs for kind in kinds) + len(kinds)
+
+    @property
+    def outputs(self) -> int | None:
+        """Width of the result, where `net` knows it."""
+        return getattr(self.net, "outputs", None)
+
+    def forward(self, parent: Tensor) -> Tensor:
+        """Parent `(*, P)`, NaN for missing, to what `net` returns."""
+        if parent.shape[-1] != len(self.kinds):
+            raise InputError(
+                f"The net's parent must end in {len(self.kinds)} columns; got shape {tuple(parent.shape)}. "
+                "Give the table the model was made for."
+            )
+        linked = parent
+        for at, link in ((self._counts, torch.log1p), (self._positive, torch.log)):
+            if len(at):  # type: ignore[arg-type]
+                linked = linked.index_copy(-1, at, link(parent.index_select(-1, at)))  # type: ignore[arg-type]
+        known = ~parent.isnan()
+        numbers = ((linked - self.loc) / self.scale).masked_fill(~known, 0.0)
+        spread, codes = (each.index_select(-1, self._source) for each in (numbers, parent))  # type: ignore[arg-type]
+        shown = torch.where(self._single, spread, codes.eq(self._code).to(parent.dtype))  # type: ignore[arg-type]
+        result: Tensor = self.net(torch.cat([shown, known.to(parent.dtype)], -1))
+        return result
 
 
 @final

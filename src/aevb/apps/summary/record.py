@@ -68,6 +68,7 @@ class Summary:
         """Name and figure of each line, in the order in which they are printed."""
         active = ", ".join(f"{count} of {total}" for count, total in self.active.values()) or "no latents"
         kind = "density in the data's units" if self.likelihood in DENSITIES else "probability"
+        kind = "product of both, by column, in the data's units" if self.likelihood == "mixed" else kind
         return [
             ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
             *([("likelihood", f"{self.likelihood}: p(x) is a {kind}")] if self.likelihood else []),
