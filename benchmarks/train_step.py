@@ -1,112 +1,91 @@
-"""Examples per second of `aevb.fit` against a hand-written eager PyTorch loop, on the same net and data in memory.
+"""Examples per second of `aevb.fit` against what else trains the same net, on the same data in memory.
 
-    python benchmarks/train_step.py [--rounds 7] [--batches 100 500] [--threads 2]
+    python -m venv peers && peers/bin/pip install torch==2.13.0 -e . -r benchmarks/requirements.txt
+    python -m venv peers-jax && peers-jax/bin/pip install -r benchmarks/requirements-jax.txt
+    peers/bin/python benchmarks/train_step.py [--jax peers-jax/bin/python] [--rounds 5] [--batches 100 500]
 
-The contestants take turns in one process, each round in another order; the figure is the median over rounds of the
-ratio to the hand-written loop of the same round, with its range. `fit` runs with all its checks, its averaged weights
-and its history; the hand-written loop has one fused Adam, permutation slices, no checks and no logging. Time before the
-first update (checks, compilation) is not counted: it is told apart.
+Same net, batch, precision and number of threads for all; a process for each contestant, and they take turns. A turn is
+an epoch or more. The figures are medians over rounds, of rates and of ratios within a round, with the ratios' range.
+Set-up (data, checks, compilation and a first turn) is told apart. Who the contestants are, `contestants.py` tells; one
+that is not installed is left out, and bfloat16 where the processor has no units for it.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import dataclasses
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+from contestants import CONTESTANTS, NETS, Setting
+from race import race, ratio, spread
+from results import conditions, write
 
-import aevb
-from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, StandardNormal
-
-FEATURES, HIDDEN, LATENTS, ROWS = 784, [200, 200], 50, 20_000
+OURS = ("aevb compiled", "aevb eager")
 
 
-def hand_written(x: torch.Tensor, batch: int):
-    """A closure that trains for some steps, as a good engineer writes it by hand."""
-    torch.manual_seed(0)
-    tanh = nn.Tanh
-    encoder = nn.Sequential(nn.Linear(784, 200), tanh(), nn.Linear(200, 200), tanh(), nn.Linear(200, 100))
-    decoder = nn.Sequential(nn.Linear(50, 200), tanh(), nn.Linear(200, 200), tanh(), nn.Linear(200, 784))
-    params = [*encoder.parameters(), *decoder.parameters()]
-    optimizer = torch.optim.Adam(params, lr=1e-3, fused=True)
-
-    def train(steps: int) -> float:
-        began, done = time.perf_counter(), 0
-        while done < steps:
-            order = torch.randperm(len(x))
-            for start in range(0, len(x) - batch + 1, batch):
-                rows = x[order[start : start + batch]]
-                loc, raw = encoder(rows).chunk(2, -1)
-                scale = F.softplus(raw)
-                logits = decoder(loc + scale * torch.randn_like(loc))
-                nll = F.binary_cross_entropy_with_logits(logits, rows, reduction="none").sum(-1)
-                kl = 0.5 * (scale.square() + loc.square() - 1 - 2 * scale.log()).sum(-1)
-                loss = (nll + kl).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                done += 1
-                if done == steps:
-                    break
-        return steps * batch / (time.perf_counter() - began)
-
-    return train
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by units of its own."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})  # the last one is ARM's
 
 
-class Fitted:
-    """`aevb.fit`, one call held open: it trains for some steps each time it is asked."""
-
-    def __init__(self, x: torch.Tensor, batch: int, compile: bool) -> None:
-        torch.manual_seed(0)
-        p = BayesNet(
-            {"z": StandardNormal(LATENTS), "x | z": Bernoulli(MLP(LATENTS, HIDDEN, FEATURES, activation="tanh"))}
-        )
-        q = BayesNet({"z | x": DiagonalNormal(MLP(FEATURES, HIDDEN, 2 * LATENTS, activation="tanh"))})
-        self.vae, self.x, self.batch, self.compile = VAE(p, q), x, batch, compile
-
-    def __call__(self, steps: int) -> float:
-        # The clock runs from the first record of the history to the last, one log interval apart: no set-up in it.
-        marks: list[float] = []
-        config = aevb.TrainConfig(
-            steps=steps + 50, batch_size=self.batch, compile=self.compile, log_every=50, validation=0.0, patience=0
-        )
-        aevb.fit(self.vae, {"x": self.x}, config, progress=lambda record: marks.append(time.perf_counter()))
-        return steps * self.batch / (marks[-1] - marks[0])
+def compare(setting: Setting, rounds: int, steps: int, jax: str, cpu_time: bool) -> list[dict[str, object]]:
+    """One race, printed and as rows of the table."""
+    names = [name for name in CONTESTANTS if name != "matrix products"]
+    lanes = race({name: dataclasses.replace(setting, contestant=name) for name in names}, rounds, steps, jax, cpu_time)
+    rows = []
+    for name, lane in lanes.items():
+        row: dict[str, object] = {
+            "contestant": name,
+            "batch": setting.batch,
+            "precision": setting.precision,
+            "setup_s": lane.setup,
+        }
+        if lane.missing:
+            print(f"  {name:22s} left out: {lane.missing}")
+            continue
+        row["examples_s"] = spread(lane.rates)[0]
+        told = f"  {name:22s}{row['examples_s']:8.0f} examples/s  set-up {lane.setup:4.0f} s"
+        for our in OURS:
+            median, low, high = ratio(lanes[our], lane)
+            short = our.split()[-1]
+            row |= {f"{short}_ratio": median, f"{short}_low": low, f"{short}_high": high}
+            told += f"   {our} / it {median:5.2f} ({low:.2f} to {high:.2f})"
+        print(told, flush=True)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, nargs="+", default=[100, 500])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=300, help="at least so many a turn")
+    parser.add_argument("--batches", type=int, nargs="+", default=[20, 100, 500, 2000])
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--cpu-time", action="store_true", help="for one thread on a busy machine")
+    parser.add_argument("--jax", default="", help="interpreter of the environment that has NumPyro")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    x = (torch.rand(ROWS, FEATURES, generator=torch.Generator().manual_seed(0)) < 0.2).float()
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.rounds} rounds of {options.steps} steps")
-    for batch in options.batches:
-        contestants = {
-            "hand-written eager": hand_written(x, batch),
-            "aevb eager": Fitted(x, batch, compile=False),
-            "aevb compiled": Fitted(x, batch, compile=True),
-        }
-        for train in contestants.values():
-            train(100)
-        rates: dict[str, list[float]] = {name: [] for name in contestants}
-        for turn in range(options.rounds):
-            names = list(contestants)
-            for name in names[turn % 3 :] + names[: turn % 3]:
-                rates[name].append(contestants[name](options.steps))
-        for name, values in rates.items():
-            ratios = [v / h for v, h in zip(values, rates["hand-written eager"], strict=True)]
-            print(
-                f"batch {batch:4d}  {name:20s} {statistics.median(values):8.0f} examples/s   ratio "
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
-                flush=True,
-            )
+    told = conditions(options.threads, options.jax)
+    print(told, flush=True)
+    precisions = ["float32", "bfloat16"] if has_bfloat16() else ["float32"]
+    rows = []
+    for net in options.nets:
+        for precision in precisions:
+            for batch in options.batches:
+                print(f"{net}, batch {batch}, {precision}, {options.rounds} rounds", flush=True)
+                setting = Setting(
+                    contestant="", batch=batch, rows=options.rows, precision=precision, threads=options.threads,
+                    **NETS[net],
+                )  # fmt: skip
+                found = compare(setting, options.rounds, options.steps, options.jax, options.cpu_time)
+                rows += [{"net": net} | row for row in found]
+    if precisions == ["float32"]:
+        print("bfloat16 left out: this processor has no units for it")
+        rows.append({"contestant": "all: left out, no units for it", "precision": "bfloat16"})
+    write("train_step", rows, told)
 
 
 if __name__ == "__main__":

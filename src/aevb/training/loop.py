@@ -381,6 +381,11 @@ class _Trainer:
     def _check_resumable(self, found: Run) -> None:
         if not found.resume:
             raise InputError(f"`{self.out}` holds weights but no state of training. Train anew, into another folder.")
+        if any(f"optimizer/{name}" not in found.resume["tensors"] for name in self.state.tensors()):
+            raise InputError(
+                f"`{self.out}` was trained by another version of aevb, whose optimizer keeps another state. Go on with "
+                "that version, or train anew; its weights can be loaded."
+            )
         ours, theirs = self.config.to_json(), found.config.to_json()
         free = {"patience", "log_every", "checkpoint_every", "keep_checkpoints"}
         # else the rate, or the weight of the KL, depends on how many steps are to come

@@ -32,6 +32,7 @@ class OptimizerState:
     running: list[Tensor]  # floating buffers of the model, batch-norm's statistics among them; empty likewise
     running_average: list[Tensor]  # and their moving average, which belongs to the averaged weights
     count: Tensor  # (), updates taken
+    factors: Tensor  # (3,), those of `_factors` for the update to come; a compiled step's alone
 
     @classmethod
     def start(cls, params: Sequence[Tensor], config: TrainConfig, buffers: Sequence[Tensor] = ()) -> OptimizerState:
@@ -39,6 +40,7 @@ class OptimizerState:
         params = list(params)
         running = [b for b in buffers if b.is_floating_point() and b.numel()] if config.average else []
         adam = config.optimizer != "sgd"
+        count = torch.zeros((), device=params[0].device)
         return cls(
             params=params,
             first=[torch.zeros_like(p) for p in params] if adam else [],
@@ -46,7 +48,8 @@ class OptimizerState:
             average=[p.detach().clone() for p in params] if config.average else [],
             running=running,
             running_average=[b.detach().clone() for b in running],
-            count=torch.zeros((), device=params[0].device),
+            count=count,
+            factors=_factors(count, config),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -54,7 +57,7 @@ class OptimizerState:
         lists = {"first": self.first, "second": self.second, "average": self.average}
         lists["running_average"] = self.running_average
         named = {f"{kind}/{i}": tensor for kind, tensors in lists.items() for i, tensor in enumerate(tensors)}
-        return named | {"count": self.count}
+        return named | {"count": self.count, "factors": self.factors}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`, in place."""
@@ -97,12 +100,15 @@ def update_eagerly(
 def update_traced(
     state: OptimizerState, grads: Sequence[Tensor], loss: Tensor, rate: Tensor | float, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
-    """As `update_eagerly`, in formulas that one graph can hold; nothing in it is a Python number that changes."""
+    """As `update_eagerly`, in formulas that one graph can hold; nothing in it is a Python number that changes.
+
+    Inductor repeats the formula of a number in every loop over a tensor that uses it, two powers every eight weights
+    among them, unless it is an input or comes out of a reduction: hence `factors`, and `all` and `amin` of pairs.
+    """
     norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
-    ok = (norm + loss).isfinite()
-    clip = (config.clip_norm / (norm + _TINY)).clamp(max=1.0) if config.clip_norm else None
-    state.count.add_(ok)
-    mixing = _averaging(state.count, config) * ok if state.average else None
+    ok = torch.stack([norm, loss]).isfinite().all()
+    clip = torch.stack([config.clip_norm / (norm + _TINY), torch.ones_like(norm)]).amin() if config.clip_norm else None
+    mixing = state.factors[2] * ok if state.average else None
     for i, (p, raw) in enumerate(zip(state.params, grads, strict=True)):
         g = raw if clip is None else raw * clip
         decay = _decay(p, config)
@@ -112,10 +118,12 @@ def update_traced(
         new = torch.where(ok, old - rate * (g if config.optimizer == "sgd" else _adam(state, i, g, ok)), p)
         p.copy_(new)
         if mixing is not None:
-            state.average[i].lerp_(new, mixing)
+            state.average[i].add_(mixing * (new - state.average[i]))
     if mixing is not None:
         for mean, now in zip(state.running_average, state.running, strict=True):
             mean.lerp_(now, mixing)
+    state.count.add_(ok)
+    state.factors.copy_(_factors(state.count, config))
     return norm, ok
 
 
@@ -138,9 +146,14 @@ def _adam(state: OptimizerState, i: int, grad: Tensor, ok: Tensor) -> Tensor:
     second = _BETAS[1] * state.second[i] + (1 - _BETAS[1]) * grad.square()
     state.first[i].copy_(torch.where(ok, first, state.first[i]))
     state.second[i].copy_(torch.where(ok, second, state.second[i]))
-    unbias_first = 1 - _BETAS[0] ** state.count
-    unbias_second = (1 - _BETAS[1] ** state.count).sqrt()
-    return (first / unbias_first) / (second.sqrt() / unbias_second + _EPS)
+    return first * state.factors[0] / (second.sqrt() * state.factors[1] + _EPS)
+
+
+def _factors(count: Tensor, config: TrainConfig) -> Tensor:
+    """What the next update multiplies Adam's mean and root of squares by to unbias them, and averages weights with."""
+    coming = count + 1
+    unbias = [1 / (1 - _BETAS[0] ** coming), (1 - _BETAS[1] ** coming).rsqrt()]
+    return torch.stack([*unbias, _averaging(coming, config)])
 
 
 def _averaging(count: Tensor, config: TrainConfig) -> Tensor:
