@@ -30,7 +30,7 @@ LAYERS = [
     {"data"},
     {"apps.summary", "apps.progress"},
     {"apps.diagnoses"},
-    {"apps.check", "apps.report", "apps.runs", "apps.versus"},
+    {"apps.check", "apps.estimator", "apps.report", "apps.runs", "apps.versus"},
     {"apps.cli"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
