@@ -33,7 +33,10 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 # Types of other projects have their pages elsewhere, and no inventory is downloaded.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|nn|collections|pathlib)\..*|Tensor|Any|Path|Callable|optional|(dict|tuple)\[.*")
+    (
+        "py:.*",
+        r"(torch|nn|numpy|np|collections|pathlib)\..*|Tensor|NDArray.*|ndarray.*|Any|Path|Callable|optional|(dict|tuple)\[.*",
+    )
 ]
 
 _COLON = "\ue000"

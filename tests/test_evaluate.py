@@ -501,7 +501,7 @@ def test_no_rows_are_refused():
 
 @pytest.mark.parametrize("seen", [[0], [1], [2], [0, 2], [0, 1, 2], []])
 def test_missing_values_are_integrated_out(seen):
-    """Log p of what is seen is a Gaussian in closed form, and of nothing it is 0; 4 standard errors, for one row with these entries."""
+    """Log p of what is seen is a Gaussian in closed form, of nothing 0; 4 standard errors, for one row."""
     vae, mean, cov = linear_gaussian(scale=2.5, holes=True)
     row = stats.multivariate_normal(mean, cov).rvs(random_state=3)
     x = torch.full((1, 3), torch.nan)

@@ -19,8 +19,9 @@ import aevb
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TESTED = {
-    "algorithm_2", "bayesian_regression", "blurriness", "conditional", "disentangle", "generative_classifier", "ladder",
-    "mixture", "per_datum", "remedies", "score_function", "semi_supervised", "two_layers", "wiring",
+    "algorithm_2", "bayesian_regression", "blurriness", "conditional", "disentangle", "estimators",
+    "generative_classifier", "ladder", "mixture", "per_datum", "remedies", "score_function", "semi_supervised",
+    "two_layers", "wiring",
 }  # fmt: skip
 
 
@@ -215,6 +216,17 @@ def test_disentangle():
     assert turned.disentanglement > 0.95 > 0.5 > plain.disentanglement
     assert turned.mig > plain.mig + 0.2
     assert gain(elbo, cost) > 4
+
+
+def test_estimators(capsys):
+    """A density finds novelties, holes are filled better than by means, and rows without labels help."""
+    found = example("estimators").main()
+    assert found["auroc"] > 0.9
+    assert 0 < found["monte carlo"] < 5
+    error = (found["imputed, error"] ** 2 + found["column means, error"] ** 2) ** 0.5
+    assert found["column means"] - found["imputed"] > 4 * error
+    assert found["and 371 rows without"] > found["ten labels"]
+    assert "nats a row" in capsys.readouterr().out
 
 
 def test_score_function():

@@ -209,9 +209,8 @@ def full(module: nn.Module, out: np.ndarray) -> Oracle:
 
 def normal(module: nn.Module, out: np.ndarray) -> Oracle:
     raw = out[D:] if module.noise == "datum" else module.raw_noise.detach().numpy() * np.ones(D)
-    return Entries(
-        stats.norm(module.loc.numpy() + module.scale.numpy() * out[:D], module.scale.numpy() * softplus(raw))
-    )
+    sigma = softplus(raw) + (0.0 if module.floor is None else module.floor.numpy())
+    return Entries(stats.norm(module.loc.numpy() + module.scale.numpy() * out[:D], module.scale.numpy() * sigma))
 
 
 def bernoulli(module: nn.Module, out: np.ndarray) -> Oracle:
@@ -340,6 +339,8 @@ CASES = {
     "Bernoulli": Case(lambda: Bernoulli(net(D)), (3,), bernoulli, (0, 1), (0.5, -1.0, 2.0)),
     "Binomial": Case(lambda: Binomial(net(D), 5), (3,), binomial, tuple(range(6)), (6.0, -1.0, 2.5)),
     "BetaBinomial": Case(lambda: BetaBinomial(net(2 * D), 5), (3,), betabinomial, tuple(range(6)), (6.0, -1.0, 2.5)),
+    "Normal, floor": Case(lambda: Normal(net(D), D, "dimension", *units(), floor=0.3), (3,), normal),
+    "StudentT, datum, floor": Case(lambda: StudentT(net(2 * D), D, "datum", floor=0.3), (3,), student),
     "StudentT, global, units": Case(lambda: StudentT(net(D), D, "global", *units()), (3,), student),
     "StudentT, dimension": Case(lambda: StudentT(net(D), D), (3,), student),
     "StudentT, datum, units": Case(lambda: StudentT(net(2 * D), D, "datum", *units()), (3,), student),
@@ -1053,6 +1054,8 @@ def test_frequencies_of_autoregressive_draws():
         (lambda: StudentT(net(3), 2), "width 2 for D = 2"),
         (lambda: StudentT(nn.Identity(), 2)(torch.zeros(1, 1)), "width 2"),
         (lambda: StudentT(net(2), 2, "row"), "noise"),
+        (lambda: Normal(net(2), 2, floor=-0.1), "floor"),
+        (lambda: StudentT(net(2), 2, floor=math.inf), "floor"),
         (lambda: NegativeBinomial(net(2), 2, "datum"), "width 4"),
         (lambda: NegativeBinomial(nn.Identity(), 2)(torch.zeros(1, 1)), "width 2"),
         (lambda: NegativeBinomial(net(2), 2, "row"), "dispersion"),
@@ -1071,6 +1074,18 @@ def test_frequencies_of_autoregressive_draws():
 def test_what_does_not_fit_is_told(make, told):
     with pytest.raises(InputError, match=told):
         make()
+
+
+@pytest.mark.parametrize("family", [Normal, StudentT])
+def test_a_floor_bounds_the_density_and_is_part_of_the_state(family):
+    """However sure the net, no density exceeds that at the floor; a model without one saves as ever."""
+    likelihood = family(nn.Identity(), 2, "datum", scale=2.0, floor=torch.tensor([0.5, 0.0]))
+    out = torch.tensor([0.0, 0.0, -1e4, 0.0])
+    base = likelihood(out).base_dist
+    assert base.scale[0] == 2.0 * 0.5
+    assert base.scale[1] == pytest.approx(2 * math.log(2))
+    assert "floor" in likelihood.state_dict()
+    assert "floor" not in family(nn.Identity(), 2).state_dict()
 
 
 def test_an_autoregressive_likelihood_has_no_mean():

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aevb._shapes import Values
+    from aevb.apps.estimator import AEVB as AEVB
+    from aevb.apps.estimator import AEVBClassifier as AEVBClassifier
+    from aevb.apps.estimator import AEVBRegressor as AEVBRegressor
     from aevb.bayesnet import VAE, BayesNet
     from aevb.bounds import elbo, iwae, log_q, log_weights, terms, with_classifier
     from aevb.build import build_vae
@@ -166,6 +169,8 @@ _HOMES = {
     "training": ("fit",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
+_ESTIMATORS = ("AEVB", "AEVBClassifier", "AEVBRegressor")
+"""Not in `__all__`: they need scikit-learn, of the extra `apps`, and `from aevb import *` must do without."""
 
 __version__ = "0.1.0"
 __all__ = [
@@ -252,6 +257,15 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("data", "training"):  # packages that are spelt with their names: aevb.data.load
         return importlib.import_module(f"aevb.{name}")
+    if name in _ESTIMATORS:
+        try:
+            value = getattr(importlib.import_module("aevb.apps.estimator"), name)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] == "sklearn":
+                raise ImportError(f"aevb.{name} needs scikit-learn: pip install 'aevb[apps]'.") from error
+            raise
+        globals()[name] = value
+        return value
     if name not in _HOME:
         raise AttributeError(f"module 'aevb' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"aevb.{_HOME[name]}"), name)
@@ -260,4 +274,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_ESTIMATORS])

@@ -35,6 +35,7 @@ class _InUnits(nn.Module):
 
     loc: Tensor
     scale: Tensor
+    floor: Tensor | None
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class _InUnits(nn.Module):
         noise: str = "dimension",
         loc: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
+        floor: Tensor | float | None = None,
     ) -> None:
         super().__init__()
         _check_per("noise", noise)
@@ -53,6 +55,10 @@ class _InUnits(nn.Module):
         self.register_buffer("scale", torch.as_tensor(scale, dtype=torch.get_default_dtype()).expand(dims).clone())
         if not bool((self.scale > 0).all()):
             raise InputError("`scale` must be above 0 in every dimension; drop constant columns, or give them a scale.")
+        least = None if floor is None else torch.as_tensor(floor, dtype=torch.get_default_dtype()).expand(dims).clone()
+        if least is not None and not bool(((least >= 0) & least.isfinite()).all()):
+            raise InputError("`floor` must be finite and at least 0 in every dimension; give 0 where there is none.")
+        self.register_buffer("floor", least)  # None is no entry of the state: models without a floor save as ever
         if noise != "datum":
             self.raw_noise = nn.Parameter(torch.zeros(1 if noise == "global" else dims))
 
@@ -61,7 +67,8 @@ class _InUnits(nn.Module):
         out = self.net(*parents)
         check_out(self._owner, out, self._width)
         mean, raw = out.chunk(2, dim=-1) if self.noise == "datum" else (out, self.raw_noise)
-        return self.loc + self.scale * mean, (self.scale * F.softplus(raw)).expand_as(mean)
+        sigma = F.softplus(raw) if self.floor is None else self.floor + F.softplus(raw)
+        return self.loc + self.scale * mean, (self.scale * sigma).expand_as(mean)
 
 
 @final
@@ -78,6 +85,9 @@ class Normal(_InUnits):
         noise: One learned :math:`\sigma` ("global"), one per dimension ("dimension"), or from the net ("datum").
         loc: m, the centre of the data; a number or `(D,)`.
         scale: s > 0, the spread of the data; a number or `(D,)`.
+        floor: Least :math:`\sigma`, in units of s, to which what is learned adds; a number or `(D,)`, none if None. On
+            values rounded to steps of h a net can be right to the last digit, and a density without a floor then
+            grows without limit: :math:`h / (s \sqrt{12})` is the spread that rounding itself has.
 
     Example:
         >>> from aevb import MLP
@@ -106,6 +116,7 @@ class StudentT(_InUnits):
             scale, smaller than the standard deviation.
         loc: m, the centre of the data; a number or `(D,)`.
         scale: s > 0, the spread of the data; a number or `(D,)`.
+        floor: Least :math:`\sigma`, in units of s, as for `Normal`.
 
     Example:
         >>> from aevb import MLP
@@ -120,8 +131,9 @@ class StudentT(_InUnits):
         noise: str = "dimension",
         loc: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
+        floor: Tensor | float | None = None,
     ) -> None:
-        super().__init__(net, dims, noise, loc, scale)
+        super().__init__(net, dims, noise, loc, scale, floor)
         self.raw_df = nn.Parameter(torch.full((dims,), math.log(math.expm1(4.0))))
 
     def forward(self, *parents: Tensor) -> td.Distribution:
