@@ -1,0 +1,150 @@
+r"""The processes of a job: who this one is, and sums over all of them.
+
+A minibatch is cut into `TrainConfig.shards` equal parts, each with noise keyed by (seed, step, part), and the gradient
+is the mean over the parts, :math:`g = \frac{1}{A} \sum_a g_a`. W processes take A / W parts each and add up what they
+found: the same sum as one process takes alone, but for the order of additions. All that they exchange is such sums.
+
+Processes are those that torchrun or SLURM's srun started, that the caller made (torch.distributed), or that `launch`
+starts; lightning-fabric finds its way among the first and the last, and this is the only file that knows it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from aevb.config import InputError
+
+__all__ = ["Processes", "join", "launch"]
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Processes:
+    """The processes that train together; by default one."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device | None = None  # the accelerator that is this process's, if there are several
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this one writes checkpoints and history, and tells of progress."""
+        return self.rank == 0
+
+    def parts(self, shards: int, rows: int) -> range:
+        """The parts of a batch of so many rows that are this process's."""
+        if shards % self.size:
+            raise InputError(
+                f"`shards` must be a multiple of the {self.size} processes, which take as many parts of a batch each; "
+                f"got {shards}. Give shards {math.ceil(shards / self.size) * self.size}, or start one process."
+            )
+        if rows % shards:
+            raise InputError(
+                f"`shards` must divide a batch, which here is all {rows} rows there are; got {shards}. Give a smaller "
+                "batch_size."
+            )
+        each = shards // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over the processes, in place, with the same bits in each.
+
+        Raises:
+            ConnectionError: If a process has ended.
+        """
+        if self.size > 1:
+            try:
+                torch.distributed.all_reduce(tensor)
+            except RuntimeError as error:  # gloo's and nccl's own
+                raise ConnectionError(
+                    f"Process {self.rank} of {self.size} cannot reach the others: one has ended, and if it told why it "
+                    f"did so above ({str(error).strip().splitlines()[0]})."
+                ) from error
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            self.sum_(torch.zeros(1, device=self.device)).item()
+
+    def gather(self, number: int) -> list[int]:
+        """The number that each process holds, by rank."""
+        numbers = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        numbers[self.rank] = number
+        found: list[int] = self.sum_(numbers).tolist()
+        return found
+
+    @torch.no_grad()
+    def share_(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the writer's values, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                whole = tensor.detach().clone() if tensor.is_floating_point() else tensor.long()  # sums know no bool
+                tensor.copy_(self.sum_(whole if self.is_writer else torch.zeros_like(whole)))
+
+
+def join(kind: str = "cpu") -> Processes:
+    """The processes that this one was started among, with an accelerator of a kind each.
+
+    Raises:
+        InputError: If there are several, and lightning-fabric, which joins them, is not installed.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if (size := _started()) == 1:
+            return Processes()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
+        _set_up(kind, local, size // local)
+    return _joined(kind)
+
+
+def launch(devices: int, nodes: int = 1) -> Processes:
+    """Start this command once for each device, on the first of which it goes on here; or join those started so.
+
+    Devices are GPUs where a node has as many, else processes on its processor. On several nodes the command is started
+    once a node, with MASTER_ADDR, MASTER_PORT and NODE_RANK in its environment.
+    """
+    kind = "cuda" if torch.cuda.device_count() >= devices else "cpu"
+    if devices * nodes == 1 or _started() > 1:
+        return join(kind)
+    _set_up(kind, devices, nodes)
+    return _joined(kind)
+
+
+def _started() -> int:
+    """How many processes torchrun, or srun, started together with this one."""
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        return int(os.environ["WORLD_SIZE"])
+    # Of a step, not of the job: in a batch script that calls python without srun there is but one.
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+
+
+def _set_up(kind: str, devices: int, nodes: int) -> None:
+    try:
+        from lightning_fabric import Fabric
+    except ModuleNotFoundError as error:
+        raise InputError(
+            "Training on several processes needs lightning-fabric. Install it: pip install 'aevb[processes]'"
+        ) from error
+    fabric: Any = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp")
+    told, level = logging.getLogger("lightning_fabric"), logging.getLogger("lightning_fabric").level
+    told.setLevel(logging.WARNING)  # it would greet on standard error
+    try:
+        fabric.launch()
+    finally:
+        told.setLevel(level)
+
+
+def _joined(kind: str) -> Processes:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if size == 1:
+        return Processes()
+    device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else None
+    return Processes(rank=rank, size=size, device=device)
