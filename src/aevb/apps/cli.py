@@ -71,7 +71,8 @@ def main() -> None:
         sys.exit(1)
     except Stopped as error:
         status, told = error.args
-        print(f"aevb: stopped. {told}", file=sys.stderr)
+        if told:
+            print(f"aevb: stopped. {told}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("aevb: stopped.", file=sys.stderr)
@@ -150,6 +151,8 @@ def train(
     drop_constant: bool = False,
     column: _Columns = (),
     schema: _File = None,
+    devices: int = 1,
+    nodes: int = 1,
     model: _ModelFlags = _ModelFlags(),  # noqa: B008
     training: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> None:
@@ -167,6 +170,9 @@ def train(
         drop_constant: Leave out columns that hold one value only.
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
+        devices: Processes on this machine that share the --shards of every batch, each with a GPU where there are as
+            many. Under torchrun or srun, whose processes are found, it has no effect; nor has nodes.
+        nodes: Machines, on each of which this command is started with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         model: The model.
         training: The training.
     """
@@ -176,7 +182,7 @@ def train(
         told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
         if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
-        go_on(resume)
+        go_on(resume, devices, nodes)
         return
     if not data or out is None:
         raise InputError(
@@ -185,9 +191,9 @@ def train(
     kinds = kinds_of(data, column, schema, model.likelihood, binarize)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
     if kinds is not None:
-        print(set_aside(kinds), end="", flush=True)
         source["schema"] = kinds.to_json()
-    start(source, out, objective, dataclasses.asdict(model), training)
+    aside = "" if kinds is None else set_aside(kinds)
+    start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, aside)
 
 
 def evaluate(

@@ -65,8 +65,7 @@ class Processes:
                 torch.distributed.all_reduce(tensor)
             except RuntimeError as error:  # gloo's and nccl's own
                 raise ConnectionError(
-                    f"Process {self.rank} of {self.size} cannot reach the others: one has ended, and if it told why it "
-                    f"did so above ({str(error).strip().splitlines()[0]})."
+                    f"Process {self.rank} of {self.size} has lost the others: one has ended, and told why if it could."
                 ) from error
         return tensor
 
@@ -98,32 +97,39 @@ def join(kind: str = "cpu") -> Processes:
         InputError: If there are several, and lightning-fabric, which joins them, is not installed.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        if (size := _started()) == 1:
+        started, here = _started()
+        if started == 1:
             return Processes()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", size)))
-        _set_up(kind, local, size // local)
+        _set_up(kind, here, started // here)
     return _joined(kind)
 
 
-def launch(devices: int, nodes: int = 1) -> Processes:
-    """Start this command once for each device, on the first of which it goes on here; or join those started so.
+def launch(devices: int, nodes: int = 1, kind: str | None = None) -> Processes:
+    """Start this command once for each device, on the first of which it goes on here; or join those started already.
 
-    Devices are GPUs where a node has as many, else processes on its processor. On several nodes the command is started
-    once a node, with MASTER_ADDR, MASTER_PORT and NODE_RANK in its environment.
+    On several nodes the command is started once a node, with MASTER_ADDR, MASTER_PORT and NODE_RANK in its environment.
+
+    Args:
+        devices: How many a node has.
+        nodes: Machines.
+        kind: Of device; if None GPUs where there are as many, else processes on the processor.
     """
-    kind = "cuda" if torch.cuda.device_count() >= devices else "cpu"
-    if devices * nodes == 1 or _started() > 1:
-        return join(kind)
-    _set_up(kind, devices, nodes)
-    return _joined(kind)
+    started, here = _started()
+    if started == devices * nodes == 1:
+        return Processes()
+    kind = kind or ("cuda" if torch.cuda.device_count() >= max(here, devices) else "cpu")
+    if started == 1 and not torch.distributed.is_initialized():
+        _set_up(kind, devices, nodes)
+    return join(kind)
 
 
-def _started() -> int:
-    """How many processes torchrun, or srun, started together with this one."""
+def _started() -> tuple[int, int]:
+    """How many processes torchrun, or srun, started together with this one, and how many of them on this machine."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        return int(os.environ["WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     # Of a step, not of the job: in a batch script that calls python without srun there is but one.
-    return int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    return started, int(os.environ.get("SLURM_NTASKS_PER_NODE", started))
 
 
 def _set_up(kind: str, devices: int, nodes: int) -> None:
