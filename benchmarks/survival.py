@@ -36,7 +36,7 @@ import aevb.training.loop
 from aevb.checkpoint import holds_nothing
 
 CONFIG = aevb.TrainConfig(
-    steps=90, batch_size=20, learning_rate=0.01, kl_warmup_steps=30, clip_norm=50.0, average=0.95, validation=0.2,
+    steps=60, batch_size=20, learning_rate=0.01, kl_warmup_steps=20, clip_norm=50.0, average=0.95, validation=0.2,
     validate_every=10, patience=6, log_every=4, checkpoint_every=7, compile=False,
 )  # fmt: skip
 

@@ -34,7 +34,7 @@ def test_forty_kills_change_no_bit() -> None:
     assert "43 kills, each survived to the bit" in done.stdout
 
 
-COMMAND = [*AEVB, "train", "digits", "--steps", "3000", "--hidden", "16", "--latents", "4", "--log-every", "10"]
+COMMAND = [*AEVB, "train", "digits", "--steps", "800", "--hidden", "16", "--latents", "4", "--log-every", "5"]
 
 
 def _started(run: Path, *more: str, **how: object) -> subprocess.Popen[str]:
@@ -54,7 +54,7 @@ def _started(run: Path, *more: str, **how: object) -> subprocess.Popen[str]:
 def _goes_on(run: Path) -> None:
     done = subprocess.run([*AEVB, "train", "--resume", str(run)], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert "trained 3000 steps" in done.stdout
+    assert "trained 800 steps" in done.stdout
     steps = [line.split(",")[0] for line in (run / "history.csv").read_text().splitlines()[1:]]
     assert steps == sorted(set(steps), key=int)
 
@@ -73,11 +73,11 @@ def test_sigterm_saves_a_checkpoint_and_the_run_goes_on(tmp_path) -> None:
 
 
 def test_a_disk_that_fills_up_stops_the_run_with_one_sentence(tmp_path) -> None:
-    """A limit on the size of files that the run's history outgrows, since a disk cannot be filled here."""
+    """A limit on the size of files that the record of its history outgrows, since a disk cannot be filled here."""
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, 70_000))
 
     process = _started(tmp_path / "run", "--checkpoint-every", "50", preexec_fn=limit)
     _, errors = process.communicate(timeout=120)
