@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import aevb
 from aevb import InputError, ModelConfig, TrainConfig
 from aevb.apps.cli import main
-from aevb.training.processes import Processes
+from aevb.training.processes import Processes, join, launch
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -89,14 +90,15 @@ def _script(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     found: dict[str, object] = {}
     found["stopped"] = _told(aevb.fit(_model(rank), {"x": _rows()}, CONFIG))
-    aevb.fit(_model(rank), {"x": _rows()}, _changed(steps=12, patience=0), out=folder / "two")
+    aevb.fit(_model(rank), {"x": _rows()}, _changed(steps=10, patience=0), out=folder / "two")
     resumed = aevb.fit(
         _model(9), {"x": _rows()}, _changed(steps=30, patience=0), out=folder / "one", resume=True, progress=print
     )
     found["resumed"] = _told(resumed)
     data = _Noisy()
-    found["noisy"] = _told(aevb.fit(_model(rank), data, _changed(steps=12, validation=0.0)))
-    found["noise"] = data.seen
+    with _listening() as warned:
+        found["noisy"] = _told(aevb.fit(_model(rank), data, _changed(steps=12, validation=0.0)))
+    found["noise"], found["warned"] = data.seen, warned
     for name, rows, fields in (("shards", _rows(), {"shards": 3}), ("data", _rows(150 + rank), {})):
         try:
             aevb.fit(_model(), {"x": rows}, _changed(**fields))
@@ -110,7 +112,54 @@ def _script(folder: Path) -> None:
         aevb.fit(_model(), {"x": _rows()}, _changed(log_every=20), out=folder / "told", progress=tell)
     except SystemExit as stop:
         found["status"] = stop.code
+    found["launchers"] = _launchers(rank)
     (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def _launchers(rank: int) -> dict[str, object]:
+    """The same two processes once more as torchrun started them, then as srun and as one a node would have."""
+    found: dict[str, object] = {}
+    try:
+        launch(3)
+    except InputError as error:
+        found["torchrun"] = str(error)
+    port = int(os.environ["MASTER_PORT"])
+    for name in [name for name in os.environ if name.startswith(("TORCHELASTIC", "MASTER", "LOCAL", "GROUP", "ROLE"))]:
+        del os.environ[name]
+    srun = {
+        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0",
+        "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "1", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+    }  # fmt: skip
+    for name, fields, joined in (
+        # A job of two tasks whose script does without srun, on each of two machines.
+        ("nodes", {"SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "NODE_RANK": str(rank)}, lambda: launch(1, 2)),
+        ("srun", srun, join),
+    ):
+        torch.distributed.destroy_process_group()
+        os.environ |= fields
+        if name == "nodes":
+            try:
+                joined()
+            except InputError as error:
+                found["lacking"] = str(error)
+        port += 1
+        os.environ["MASTER_PORT"] = str(port)
+        processes = joined()
+        found[name] = [processes.rank, processes.size, *processes.gather(10 + rank)]
+    return found
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """What is warned of."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("aevb").addHandler(handler)
+    try:
+        yield told
+    finally:
+        logging.getLogger("aevb").removeHandler(handler)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +169,7 @@ def both(tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("processes")
     torch.set_default_dtype(torch.float64)
     try:
-        aevb.fit(_model(), {"x": _rows()}, _changed(steps=12, patience=0), out=folder / "one")
+        aevb.fit(_model(), {"x": _rows()}, _changed(steps=10, patience=0), out=folder / "one")
     finally:
         torch.set_default_dtype(torch.float32)
     done = subprocess.run([*TORCHRUN, __file__, str(folder)], capture_output=True, text=True, env=ENVIRONMENT)
@@ -157,7 +206,11 @@ def test_a_run_of_one_process_goes_on_as_two_and_back(both, double) -> None:
 
 def test_noise_belongs_to_step_and_part_and_a_bad_part_drops_the_step_for_all(both, double) -> None:
     data = _Noisy()
-    run = aevb.fit(_model(), data, _changed(steps=12, validation=0.0))
+    with _listening() as warned:
+        run = aevb.fit(_model(), data, _changed(steps=12, validation=0.0))
+    assert both[1][0]["warned"] == warned, "the writer tells what it learns from the other"
+    assert "is not finite and was left out: in part" in warned[0]
+    assert both[1][1]["warned"] == []
     _agree(both[1][0]["noisy"], _told(run))
     assert sum(record["dropped"] for record in run.history) > 0
     # Beside the steps there are looks at all rows and, for those dropped, replays, in one process or in the other.
@@ -185,7 +238,7 @@ def test_a_gradient_in_parts_is_that_of_the_whole_batch(double) -> None:
     """With an objective that draws nothing, parts change nothing but the order of additions."""
 
     def objective(vae: aevb.VAE, values: dict[str, Tensor], **_: object) -> Tensor:
-        d = vae.q.factors["z"](values["x"])
+        d = vae.q.conditional("z")(values["x"])
         return -(d.mean - 1).square().sum(-1) - d.stddev.sum(-1)
 
     x = {"x": _rows().nan_to_num()}
@@ -270,28 +323,11 @@ def test_batches_smaller_than_asked_must_divide_too() -> None:
 # -- starting and stopping ---------------------------------------------------------------------------------------------
 
 
-def test_the_processes_of_srun_are_found(tmp_path) -> None:
-    """Its environment, since there is no SLURM here."""
-    pytest.importorskip("lightning_fabric")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = (
-        "from aevb.training.processes import join; found = join(); found.barrier()\n"
-        "print(found.rank, found.size, found.gather(10 + found.rank))"
-    )
-    shared = {
-        "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1",
-        "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_ID": "1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-            env=ENVIRONMENT | shared | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    assert [job.communicate(timeout=60)[0] for job in jobs] == ["0 2 [10, 11]\n", "1 2 [10, 11]\n"]
+def test_the_processes_of_each_launcher_are_found(both) -> None:
+    for rank, found in enumerate(each["launchers"] for each in both[1]):
+        assert found["srun"] == found["nodes"] == [rank, 2, 10, 11]
+        assert "torchrun started 2 processes, and `devices` 3 times `nodes` 1 are 3" in found["torchrun"]
+        assert "`nodes` 2 needs MASTER_PORT in the environment" in found["lacking"]
 
 
 def _alone(*words: object) -> str:
@@ -310,16 +346,17 @@ def _alone(*words: object) -> str:
 def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path) -> None:
     """To the bits of one process: with two parts all that differs is a + b from b + a."""
     pytest.importorskip("lightning_fabric")
-    script, run = tmp_path / "aevb.py", tmp_path / "run"
+    script, run, rows = tmp_path / "aevb.py", tmp_path / "run", tmp_path / "rows.npy"
+    np.save(rows, _rows().nan_to_num().numpy())
     script.write_text("import sys; sys.path.pop(0)\nfrom aevb.apps.cli import main\nmain()\n")
-    begin = ["digits", "--steps", "600", "--shards", "2", "--hidden", "16", "--latents", "4", "--log-every", "10"]
-    begin += ["--checkpoint-every", "40", "--compile", "False"]
+    begin = [rows, "--steps", "300", "--shards", "2", "--hidden", "16", "--latents", "4", "--log-every", "10"]
+    begin += ["--batch-size", "20", "--checkpoint-every", "20", "--compile", "False"]
+    command = [sys.executable, script, "train", *begin, "--devices", "2", "--out", run]
     job = subprocess.Popen(
-        [sys.executable, str(script), "train", *begin, "--devices", "2", "--out", str(run)], stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
-    )  # fmt: skip
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
-    while not (run / "checkpoint-000002").exists():
+    while max((found.name for found in run.glob("checkpoint-0*")), default="") < "checkpoint-000002":
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -329,8 +366,8 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path) -> None:
     assert job.returncode != 0
     assert f"has lost the others: one has ended, and told why if it could. A checkpoint is in {run}" in errors
     assert "Traceback" not in errors
-    assert out.count("1500 rows") == 1
-    assert aevb.load(run).resume["numbers"]["step"] < 600
+    assert out.count("150 rows") == 1
+    assert aevb.load(run).resume["numbers"]["step"] < 300
 
     assert _alone("--resume", run) == ""
     assert _alone(*begin, "--out", tmp_path / "alone") == ""

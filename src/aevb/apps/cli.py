@@ -170,8 +170,8 @@ def train(
         drop_constant: Leave out columns that hold one value only.
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
-        devices: Processes on this machine that share the --shards of every batch, each with a GPU where there are as
-            many. Under torchrun or srun, whose processes are found, it has no effect; nor has nodes.
+        devices: Processes to start on this machine, which share the --shards of every batch; each with a GPU where
+            there are as many. Leave it out, and nodes, under torchrun or srun, whose processes are found.
         nodes: Machines, on each of which this command is started with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         model: The model.
         training: The training.

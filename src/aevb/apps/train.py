@@ -118,7 +118,8 @@ def _fit(
         status = stop.code if isinstance(stop, SystemExit) else 130
         raise Stopped(status, told if processes.is_writer else "") from None
     except ConnectionError as error:
-        raise Stopped(1, f"{error} {told if processes.is_writer else ''}") from error
+        kept = processes.is_writer and not holds_nothing(out)
+        raise Stopped(1, f"{error} {told if kept else ''}".rstrip()) from error
 
 
 def _tell_end(run: Run) -> None:

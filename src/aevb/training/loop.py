@@ -29,7 +29,7 @@ from aevb.config import Discrete, InputError, TrainConfig
 from aevb.training.batches import Arrays, Dataset, Order, key, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.processes import Processes, join
-from aevb.training.step import OBJECTIVES, Objective, Step, check_memory
+from aevb.training.step import NOTHING, OBJECTIVES, Objective, Step, check_memory
 from aevb.training.tiers import Tiers, products, wanted_tier
 from aevb.training.updates import OptimizerState
 
@@ -71,7 +71,7 @@ def fit(
         validation: Rows that choose the kept weights, in the form of `data`; None holds out `config.validation` of it.
         out: Folder for checkpoints and `history.csv`; must not hold a run, unless `resume`.
         resume: Go on from the newest checkpoint in `out`.
-        progress: Called with each record of the history.
+        progress: Called with each record of the history, in the process that writes.
         describe: What the data are, JSON-able, for the run's record.
 
     Returns:
@@ -158,7 +158,8 @@ class _Trainer:
         )  # fmt: skip
         self.inner.measure(self.batch(0))
         if config.shards > 1:
-            self.inner.check_rows_apart(self.batch(0), lambda: self._seed("apart", 0))
+            few = self.order.batch(0)[: max(2, self.order.batch_size // config.shards)]
+            self.inner.check_rows_apart(self._take(self.data, few), lambda: self._seed("apart", 0))
         tier = wanted_tier(config, vae, self.order.batch_size)
         self.tiers = Tiers(self.inner, config, tier, self.reference.device)
         self.history = History([], out if self.processes.is_writer else None)
@@ -308,16 +309,17 @@ class _Trainer:
                     f"{_MOST_DROPPED} steps in a row were not finite; the weights are those before them. {told} "
                     "Lower `learning_rate`, set `clip_norm`, or look at those rows."
                 )
-            _log.warning("%s", told)
+            if self.processes.is_writer:
+                _log.warning("%s", told)
         return in_row
 
     def _cause(self, weight: float) -> str:
-        """What was not finite in the step, in the parts of it that are this process's."""
+        """What was not finite in the step, in whichever part of it, and whosever."""
         if self.config.shards == 1:
             return self.inner.explain(self.batch(self.step), weight)
         found = [(part, self.inner.explain(self.batch(self.step, part), weight)) for part in self.parts]
-        told = [f"in part {part}, {cause}" for part, cause in found if not cause.startswith("nothing")]
-        return "; ".join(told) or "nothing in the parts that this process took"
+        told = [f"in part {part}, {cause}" for part, cause in found if cause != NOTHING]
+        return "; ".join(filter(None, self.processes.tell("; ".join(told)))) or NOTHING
 
     def _validate(self) -> float:
         """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""

@@ -81,6 +81,13 @@ class Processes:
         found: list[int] = self.sum_(numbers).tolist()
         return found
 
+    def tell(self, text: str) -> list[str]:
+        """What each process says, by rank."""
+        said = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        texts = torch.zeros(self.size, max(self.gather(len(said))), dtype=torch.uint8, device=self.device)
+        texts[self.rank, : len(said)] = said
+        return [bytes(row).rstrip(b"\0").decode() for row in self.sum_(texts).tolist()]
+
     @torch.no_grad()
     def share_(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the writer's values, in place."""
@@ -97,10 +104,10 @@ def join(kind: str = "cpu") -> Processes:
         InputError: If there are several, and lightning-fabric, which joins them, is not installed.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        started, here = _started()
+        launcher, started, nodes = _started()
         if started == 1:
             return Processes()
-        _set_up(kind, here, started // here)
+        _set_up(launcher, kind, started // nodes, nodes)
     return _joined(kind)
 
 
@@ -113,37 +120,62 @@ def launch(devices: int, nodes: int = 1, kind: str | None = None) -> Processes:
         devices: How many a node has.
         nodes: Machines.
         kind: Of device; if None GPUs where there are as many, else processes on the processor.
+
+    Raises:
+        InputError: If torchrun or srun started another number, or the environment does not tell where the nodes are.
     """
-    started, here = _started()
+    launcher, started, there = _started()
+    if started > 1 and devices * nodes not in (1, started):
+        raise InputError(
+            f"{launcher} started {started} processes, and `devices` {devices} times `nodes` {nodes} are "
+            f"{devices * nodes}. Leave both out: the processes are found."
+        )
     if started == devices * nodes == 1:
         return Processes()
-    kind = kind or ("cuda" if torch.cuda.device_count() >= max(here, devices) else "cpu")
+    if kind is None:
+        kind = "cuda" if torch.cuda.device_count() >= max(devices, started // there) else "cpu"
     if started == 1 and not torch.distributed.is_initialized():
-        _set_up(kind, devices, nodes)
+        lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK") if name not in os.environ]
+        if nodes > 1 and lacking:
+            raise InputError(
+                f"`nodes` {nodes} needs {' and '.join(lacking)} in the environment: the address of the first node, a "
+                "port that is free there, and the number of this node from 0. torchrun and srun set them by themselves."
+            )
+        _set_up("aevb", kind, devices, nodes)
     return join(kind)
 
 
-def _started() -> tuple[int, int]:
-    """How many processes torchrun, or srun, started together with this one, and how many of them on this machine."""
+def _started() -> tuple[str, int, int]:
+    """Which launcher started this process, how many it started together, and on how many machines."""
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
-        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        size = int(os.environ["WORLD_SIZE"])
+        return "torchrun", size, size // int(os.environ["LOCAL_WORLD_SIZE"])
     # Of a step, not of the job: in a batch script that calls python without srun there is but one.
-    started = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
-    return started, int(os.environ.get("SLURM_NTASKS_PER_NODE", started))
+    nodes = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
+    return "srun", int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)), int(nodes)
 
 
-def _set_up(kind: str, devices: int, nodes: int) -> None:
+def _set_up(launcher: str, kind: str, devices: int, nodes: int) -> None:
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.plugins import environments as known
     except ModuleNotFoundError as error:
         raise InputError(
             "Training on several processes needs lightning-fabric. Install it: pip install 'aevb[processes]'"
         ) from error
-    fabric: Any = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp")
+    # Named, not left to be guessed: in a job of SLURM without srun it would wait for processes that nobody started.
+    if launcher == "srun":
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(devices))  # SLURM tells it only where it was asked for
+    names = {"torchrun": "TorchElasticEnvironment", "srun": "SLURMEnvironment", "aevb": "LightningEnvironment"}
+    fabric: Any = Fabric(
+        accelerator=kind, devices=devices, num_nodes=nodes, strategy="ddp", plugins=[getattr(known, names[launcher])()]
+    )
     told, level = logging.getLogger("lightning_fabric"), logging.getLogger("lightning_fabric").level
     told.setLevel(logging.WARNING)  # it would greet on standard error
     try:
         fabric.launch()
+    except ValueError as error:  # the launcher's numbers contradict one another
+        raise InputError(f"The processes that {launcher} started could not be joined. {error}") from error
     finally:
         told.setLevel(level)
 

@@ -30,7 +30,7 @@ from aevb.config import InputError, TrainConfig
 from aevb.training.processes import Processes
 from aevb.training.updates import OptimizerState, update_eagerly
 
-__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "Total", "check_memory"]
+__all__ = ["NOTHING", "OBJECTIVES", "Meter", "Objective", "Step", "Total", "check_memory"]
 
 _log = logging.getLogger("aevb")
 
@@ -60,6 +60,9 @@ OBJECTIVES: dict[str, tuple[Kl, Callable[[Terms, Tensor | float, TrainConfig, in
 """Name to the kind of KL its terms need and their reduction to `(N,)`, nats, higher is better."""
 
 _PLAIN = TrainConfig()
+
+NOTHING = "nothing when replayed"
+"""What `Step.explain` says where all is finite."""
 
 
 class Meter:
@@ -326,7 +329,7 @@ class Step:
         ]
         if odd:
             told.append(f"the gradient of {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
-        return "; ".join(told) or "nothing when replayed"
+        return "; ".join(told) or NOTHING
 
 
 def _plain(config: TrainConfig) -> TrainConfig:
