@@ -26,6 +26,8 @@ from torch import Tensor, nn
 import aevb
 from aevb import InputError, ModelConfig, TrainConfig
 from aevb.apps.cli import main
+from aevb.training.batches import Order, split_rows
+from aevb.training.log import Interrupt
 from aevb.training.processes import Processes, join, launch
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +109,8 @@ def _script(folder: Path) -> None:
     try:  # the first is told to stop, and the other stops with it
 
         def tell(record: dict[str, object]) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(2):  # from SLURM, and from torchrun that had it from SLURM
+                os.kill(os.getpid(), signal.SIGTERM)
 
         aevb.fit(_model(), {"x": _rows()}, _changed(log_every=20), out=folder / "told", progress=tell)
     except SystemExit as stop:
@@ -314,10 +317,40 @@ def test_what_looks_at_the_minibatch_is_refused(model: Callable[[], aevb.VAE], o
         aevb.fit(model(), {"x": _rows().nan_to_num()}, CONFIG, objective=objective)
 
 
+def test_mixing_is_seen_where_each_part_is_one_row() -> None:
+    with pytest.raises(InputError, match="mixes"):
+        aevb.fit(_with(_Unlike()), {"x": _rows().nan_to_num()}, _changed(shards=24))
+
+
+@pytest.mark.parametrize("first", [0.0, torch.nan])
+def test_rows_with_and_without_a_label_do_not_mix(first: float) -> None:
+    """Whether the first row has its label or not: its neighbours' are looked for, and change nothing of its own."""
+    decoder = aevb.Normal(aevb.MLP(5, [4], 5), 5)
+    p = aevb.BayesNet({"y": aevb.Categorical(3), "z": aevb.StandardNormal(2), "x | y, z": decoder})
+    classifier = aevb.Categorical(3, aevb.MLP(5, [4], 3))
+    q = aevb.BayesNet({"y | x": classifier, "z | x, y": aevb.DiagonalNormal(aevb.MLP(8, [4], 4))})
+    y = torch.full((150,), torch.nan)
+    y[::3] = 1.0
+    y[Order(split_rows(150, CONFIG)[0], 24, CONFIG.seed).batch(0)[0]] = first
+    run = aevb.fit(aevb.VAE(p, q), {"x": _rows().nan_to_num(), "y": y}, _changed(steps=5))
+    assert run.history[-1]["dropped"] == 0
+
+
 def test_batches_smaller_than_asked_must_divide_too() -> None:
     with pytest.raises(InputError, match="all 21 rows there are; got 4"):
         aevb.fit(_model(), {"x": _rows(27)}, CONFIG)
     assert [list(Processes(rank=rank, size=2).parts(6, 24)) for rank in range(2)] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_a_second_signal_stops_at_once_unless_it_is_an_echo(monkeypatch) -> None:
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        later = time.monotonic() + 2
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked.code == 128 + signal.SIGTERM
 
 
 # -- starting and stopping ---------------------------------------------------------------------------------------------
