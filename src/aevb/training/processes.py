@@ -22,7 +22,7 @@ from torch import Tensor
 
 from aevb.config import InputError
 
-__all__ = ["Processes", "join", "launch"]
+__all__ = ["Processes", "join", "launch", "place"]
 
 
 @final
@@ -143,6 +143,12 @@ def launch(devices: int, nodes: int = 1, kind: str | None = None) -> Processes:
             )
         _set_up("aevb", kind, devices, nodes)
     return join(kind)
+
+
+def place() -> tuple[int, int]:
+    """Which of the processes started together this one is, and how many they are; for work that needs no joining."""
+    launcher, size, _ = _started()
+    return (int(os.environ["RANK" if launcher == "torchrun" else "SLURM_PROCID"]) if size > 1 else 0), size
 
 
 def _started() -> tuple[str, int, int]:
