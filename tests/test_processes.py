@@ -232,6 +232,9 @@ def test_processes_stop_together(both, double) -> None:
     """As SLURM and Kubernetes end a job; the signal comes after step 20 and is exchanged with the sums of the next."""
     assert [found["status"] for found in both[1]] == [128 + signal.SIGTERM] * 2
     assert aevb.load(both[0] / "told").resume["numbers"]["step"] == 21
+    written = (both[0] / "told" / "history.csv").read_text().splitlines()
+    steps = [record["step"] for record in aevb.load(both[0] / "told").history]
+    assert [line.split(",")[0] for line in written] == ["step", *map(str, steps)], "one process should write it"
 
 
 # -- one process -------------------------------------------------------------------------------------------------------
@@ -388,14 +391,14 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path) -> None:
     job = subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600  # a guard against waiting forever, not a measure
     while max((found.name for found in run.glob("checkpoint-0*")), default="") < "checkpoint-000002":
         assert job.poll() is None, job.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     (child,) = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(child), signal.SIGKILL)
-    out, errors = job.communicate(timeout=60)
+    out, errors = job.communicate(timeout=600)
     assert job.returncode != 0
     assert f"has lost the others: one has ended, and told why if it could. A checkpoint is in {run}" in errors
     assert "Traceback" not in errors

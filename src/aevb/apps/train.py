@@ -31,13 +31,14 @@ def start(
 
     from aevb.build import build_vae
     from aevb.checkpoint import holds_nothing
+    from aevb.training.processes import launch
 
     if not holds_nothing(out):
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
-    check_devices(devices, nodes, config)
+    _check_devices(devices, nodes, config)
     data = load_data(source)
     described = model_config(model, data)
-    processes = _processes(devices, nodes)
+    processes = launch(devices, nodes)
     before = torch.get_default_dtype()
     try:
         # Values that float32 cannot tell apart, such as times in seconds, are read as float64 and modelled so.
@@ -57,7 +58,7 @@ def start(
         _tell_end(run)
 
 
-def check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
+def _check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
     """Raise before any process is started if the parts of a batch could not be shared out among them."""
     from aevb.training.processes import Processes
 
@@ -66,15 +67,11 @@ def check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
     Processes(size=devices * nodes).parts(config.shards, config.batch_size)
 
 
-def _processes(devices: int, nodes: int, kind: str | None = None) -> Processes:
-    from aevb.training.processes import launch
-
-    return launch(devices, nodes, kind)
-
-
 def go_on(folder: Path, devices: int = 1, nodes: int = 1) -> None:
     """Go on with a run that was stopped, as it was begun, on as many processes as may be."""
     import torch
+
+    from aevb.training.processes import launch
 
     run = open_run(folder)
     so_far = run.resume["numbers"]
@@ -82,9 +79,9 @@ def go_on(folder: Path, devices: int = 1, nodes: int = 1) -> None:
         raise InputError(
             f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
         )
-    check_devices(devices, nodes, run.config)
+    _check_devices(devices, nodes, run.config)
     data = data_of(run, None)
-    processes = _processes(devices, nodes, so_far["device"])
+    processes = launch(devices, nodes, so_far["device"])
     torch.set_num_threads(so_far["threads"])  # another number would round otherwise
     run.vae.to(so_far["device"])
     with steps_done(run.config.steps, so_far["step"], quiet=not processes.is_writer) as progress:
