@@ -208,6 +208,7 @@ class _Trainer:
         validation = None
         if len(self.held_out) and (self.step % config.validate_every == 0 or last):
             validation = self._validate()
+            self.tiers.look_again()
         if self.step % config.log_every == 0 or last or self.finished:
             record: dict[str, Any] = {
                 "step": self.step,
@@ -224,6 +225,7 @@ class _Trainer:
             _log.info("step %d: bound %.4f nats", self.step, record["bound"])
             if progress is not None:
                 progress(record)
+            self.tiers.look_again()
         elif validation is not None:
             self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
         if self.out is not None and self.step % config.checkpoint_every == 0:
