@@ -119,7 +119,7 @@ def test_every_row_is_visited_equally_often_in_full_batches() -> None:
 def test_held_out_rows_are_not_trained_on() -> None:
     trainer = _Trainer(_model(), {"x": _rows(50)}, TrainConfig(validation=0.2), "elbo", None, {})
     assert len(trainer.held_out) == 10
-    assert set(trainer.held_out.tolist()) | set(trainer.training.tolist()) == set(range(50))
+    assert set(trainer.held_out.tolist()) | set(trainer.order.rows.tolist()) == set(range(50))
 
 
 def test_batches_keep_their_dtype_until_they_are_used() -> None:

@@ -8,6 +8,7 @@ step t goes on as if it had never stopped, and a dropped step can be replayed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -24,7 +25,7 @@ from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, holds_nothing, load, load_weights, made_here, save
 from aevb.config import Discrete, InputError, Precision, TrainConfig
-from aevb.training.batches import Arrays, Dataset, Order, key, split_rows
+from aevb.training.batches import Arrays, Dataset, Order, key, split_blocks, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.step import OBJECTIVES, Objective, Step, check_memory
 from aevb.training.tiers import Tiers, wanted_tier
@@ -122,11 +123,16 @@ class _Trainer:
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
         self.data = data if isinstance(data, Dataset) else Arrays(data)
         self.judged = self.data
-        self.training, self.held_out = split_rows(len(self.data), config)
+        whole = config if validation is None else dataclasses.replace(config, validation=0.0)
+        training: Tensor | list[range]
+        if (blocks := getattr(self.data, "blocks", None)) is not None:
+            training, self.held_out = split_blocks(blocks, whole)
+        else:
+            training, self.held_out = split_rows(len(self.data), whole)
         if validation is not None:
             self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
-            self.training, self.held_out = torch.arange(len(self.data)), torch.arange(len(self.judged))
-        self.order = Order(self.training, config.batch_size, config.seed)
+            self.held_out = torch.arange(len(self.judged))
+        self.order = Order(training, config.batch_size, config.seed)
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not params:
@@ -136,7 +142,7 @@ class _Trainer:
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
         self.told = str(name)
-        self.inner = Step(vae, objective, self.state, config, self._check_data(), len(self.training))
+        self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count)
         self.inner.measure(self.batch(0))
         tier = wanted_tier(config, vae, self.order.batch_size)
         self.tiers = Tiers(self.inner, config, tier, self.reference.device)
@@ -212,7 +218,7 @@ class _Trainer:
         if self.step % config.log_every == 0 or last or self.finished:
             record: dict[str, Any] = {
                 "step": self.step,
-                "epoch": self.step * self.order.batch_size / len(self.training),
+                "epoch": self.step * self.order.batch_size / self.order.count,
             }
             record |= self.inner.meter.read()
             # A node with one value for the data set is no code of a datum.
@@ -284,7 +290,7 @@ class _Trainer:
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
-                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=len(self.training)
+                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=self.order.count
                 )
                 total += float(found.weighted().expand(1, len(indices)).sum())
             bound = total / len(self.held_out)
