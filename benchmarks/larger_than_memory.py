@@ -3,8 +3,8 @@
     python benchmarks/larger_than_memory.py [--rows 1000000] [--rounds 5] [--batch 100] [--threads 2]
 
 Net 784-200-200-z50, compiled. Bytes of 0 and 1 are written to a folder that is removed again, 784 MB a million rows in
-the array. Each round times `--steps` steps of each source, in another order each time and in a process of its own, after
-as many that are not counted; memory is the process's own (RssAnon, files that it maps left out) at its largest.
+the array. Each round times `--steps` steps of each source, in another order each time and in a process of its own,
+after as many that are not counted; memory is the process's own (RssAnon, files that it maps left out) at its largest.
 """
 
 from __future__ import annotations
