@@ -70,7 +70,9 @@ def _told(run: aevb.Run) -> dict[str, object]:
 
 
 class _Noisy:
-    """Rows with noise that is drawn when they are taken; one of them overflows."""
+    """Rows in blocks, with noise that is drawn when they are taken; one of them overflows."""
+
+    blocks = (50, 60, 40)
 
     def __init__(self) -> None:
         self.x = _rows().nan_to_num()

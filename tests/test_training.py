@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import aevb
 from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
 from aevb._compiler import can_compile
-from aevb.training import OBJECTIVES
+from aevb.training import OBJECTIVES, tiers
 from aevb.training.loop import _Trainer
-from aevb.training.tiers import wanted_tier
+from aevb.training.step import Step
+from aevb.training.tiers import Tiers, wanted_tier
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
 
 
@@ -118,7 +119,7 @@ def test_every_row_is_visited_equally_often_in_full_batches() -> None:
 def test_held_out_rows_are_not_trained_on() -> None:
     trainer = _Trainer(_model(), {"x": _rows(50)}, TrainConfig(validation=0.2), "elbo", None, {})
     assert len(trainer.held_out) == 10
-    assert set(trainer.held_out.tolist()) | set(trainer.training.tolist()) == set(range(50))
+    assert set(trainer.held_out.tolist()) | set(trainer.order.rows.tolist()) == set(range(50))
 
 
 def test_batches_keep_their_dtype_until_they_are_used() -> None:
@@ -388,6 +389,35 @@ def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) ->
     reason = can_compile()
     assert ("eagerly" in caplog.text) == (reason is not None), caplog.text
     torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-3, atol=1e-4)
+
+
+def test_guards_are_left_out_only_where_nothing_can_have_changed(monkeypatch) -> None:
+    """All of them hold at the first step, after a validation or a record, and for a batch of another form."""
+    unguarded, entered = tiers._unguarded, []
+    monkeypatch.setattr(tiers, "_unguarded", lambda: (entered.append(True), unguarded())[1])
+    model = _model()
+    config = TrainConfig(compile=True)
+    inner = Step(model, "elbo", OptimizerState.start(list(model.parameters()), config, []), config, (), 64)
+    runner = Tiers(inner, config, "whole", torch.device("cpu"))
+    runner.run = lambda *_: None
+
+    def unguarded_steps(*batches: torch.Tensor) -> int:
+        before = len(entered)
+        for batch in batches:
+            runner._take({"x": batch}, 1e-3, 1.0)
+        return len(entered) - before
+
+    x = torch.zeros(20, 5)
+    assert unguarded_steps(x, x, x) == 2
+    runner.look_again()
+    assert unguarded_steps(x, x) == 1
+    assert unguarded_steps(x[:10], x[:10].to(torch.uint8), x) == 0
+    monkeypatch.undo()
+
+    calls: list[int] = []
+    monkeypatch.setattr(Tiers, "look_again", lambda self: calls.append(1))
+    aevb.fit(_model(), {"x": _rows()}, TrainConfig(steps=6, log_every=3, validate_every=2, validation=0.2))
+    assert len(calls) == 5  # records after steps 3 and 6, validations after 2, 4 and 6
 
 
 def test_models_of_one_process_do_not_share_a_limit(caplog) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aevb.data.binary import Binarize, Binarized
+from aevb.data.blocks import Blocks, open_array, open_shards
 from aevb.data.coding import decode, encode, widened
 from aevb.data.dataset import Data
 from aevb.data.frames import read_frame
@@ -15,6 +16,7 @@ from aevb.data.writing import check_destination, write_frame, write_rows
 __all__ = [
     "Binarize",
     "Binarized",
+    "Blocks",
     "Column",
     "Data",
     "Schema",
@@ -24,6 +26,8 @@ __all__ = [
     "find_schema",
     "load",
     "load_table",
+    "open_array",
+    "open_shards",
     "read_frame",
     "read_rows",
     "table_rows",

@@ -18,7 +18,7 @@ from aevb.data.files import MISSING, Part, opened, parsing, shown
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["are_numbers", "check_names", "csv_cells", "parquet_frame", "polars", "read_csv", "read_parquet"]
+__all__ = ["are_numbers", "check_names", "csv_cells", "numbers", "parquet_frame", "polars", "read_csv", "read_parquet"]
 
 _LARGEST_WHOLE = 2**53  # up to here float64 tells every whole number from the next
 
@@ -117,8 +117,8 @@ def _check_lines(content: bytes, where: str) -> tuple[list[str], int]:
 def are_numbers(cells: Sequence[str]) -> list[bool]:
     """Which cells of a CSV file read as numbers."""
     pl = polars()
-    numbers = pl.Series(cells, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
-    return list(numbers.is_not_null())
+    read = pl.Series(cells, dtype=pl.String).str.strip_chars().cast(pl.Float64, strict=False)
+    return list(read.is_not_null())
 
 
 def _is_data(first: list[str]) -> bool:
@@ -129,9 +129,9 @@ def _is_data(first: list[str]) -> bool:
 def _numbers(cells: pl.Series, name: str, where: str) -> NDArray[Any]:
     pl = polars()
     text = cells.str.strip_chars()
-    numbers = text.cast(pl.Float64, strict=False)
-    values: NDArray[Any] = numbers.fill_null(np.nan).to_numpy()
-    unread = numbers.is_null() & text.is_not_null() & ~text.is_in(MISSING)
+    read = text.cast(pl.Float64, strict=False)
+    values: NDArray[Any] = read.fill_null(np.nan).to_numpy()
+    unread = read.is_null() & text.is_not_null() & ~text.is_in(MISSING)
     if not unread.any():
         return values
     words = text.str.to_lowercase()
@@ -162,8 +162,20 @@ def read_parquet(path: Path) -> Part:
         InputError: If a column is neither, or holds whole numbers too large for float64.
     """
     where, frame = f"`{path}`", parquet_frame(path)
-    values = _stack([_column(series, where) for series in frame])
-    return Part(where=where, values=values, columns=tuple(frame.columns), named=True)
+    return Part(where=where, values=numbers(frame, where), columns=tuple(frame.columns), named=True)
+
+
+def numbers(frame: pl.DataFrame, where: str) -> NDArray[Any]:
+    """A frame's entries, `(N, P)`, null as NaN: bytes and float32 where all columns are, else float64.
+
+    Raises:
+        InputError: As `read_parquet`.
+    """
+    pl = polars()
+    kinds = set(frame.dtypes)
+    if kinds == {pl.Float32} or (kinds == {pl.UInt8} and not frame.null_count().sum_horizontal().item()):
+        return frame.to_numpy(writable=True)
+    return _stack([_column(series, where) for series in frame])
 
 
 def parquet_frame(path: Path) -> pl.DataFrame:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import warnings
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,12 +16,19 @@ from torch import Tensor
 from aevb._shapes import rows_of
 from aevb.config import InputError, TrainConfig
 
-__all__ = ["Arrays", "Dataset", "Order", "key", "split_rows"]
+__all__ = ["WINDOW", "Arrays", "Dataset", "Order", "key", "split_blocks", "split_rows"]
+
+WINDOW = 8
+"""Blocks whose rows are shuffled among one another."""
 
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Rows by index, for data that are not plain arrays in memory."""
+    """Rows by index, for data that are not plain arrays in memory.
+
+    Where rows can only be had many at a time, an attribute `blocks` tells how many stand together, in their order: then
+    `fit` asks for rows of at most twice `WINDOW` blocks in a step, and goes on to other blocks but seldom.
+    """
 
     def __len__(self) -> int:
         """Rows."""
@@ -38,7 +48,9 @@ class Arrays:
                 f"`data` must map node names to arrays, or have len and take(indices); got {type(data).__name__}. "
                 "Write {'x': x}."
             )
-        self.values = {name: torch.as_tensor(value) for name, value in data.items()}
+        with warnings.catch_warnings():  # of a read-only memory map; nothing is written here
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable", UserWarning)
+            self.values = {name: torch.as_tensor(value) for name, value in data.items()}
         self.rows = rows_of(self.values)
 
     def __len__(self) -> int:
@@ -50,29 +62,52 @@ class Arrays:
 
 
 class Order:
-    """An endless stream of permutations of some rows, each drawn from (seed, epoch), cut into batches of one size."""
+    """An endless stream of permutations of some rows, each drawn from (seed, epoch), cut into batches of one size.
 
-    def __init__(self, rows: Tensor, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, min(batch_size, len(rows)), seed
-        self.epochs: dict[int, Tensor] = {}
+    Of rows in blocks the blocks are permuted, and then the rows within each `WINDOW` of them, so that a step needs no
+    more than the blocks of a window, or of two, and nothing is as long as the data set.
+    """
+
+    def __init__(self, rows: Tensor | Sequence[range], batch_size: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self.count = len(rows) if isinstance(rows, Tensor) else sum(map(len, rows))
+        self.batch_size = min(batch_size, self.count)
+        self.epochs: dict[int, tuple[list[list[range]], list[int]]] = {}
+        self.windows: dict[tuple[int, int], Tensor] = {}
 
     def batch(self, step: int) -> Tensor:
         """Indices of the rows of one step."""
-        size, count = self.batch_size, len(self.rows)
-        first, last = step * size, (step + 1) * size
-        parts = []
-        for epoch in range(first // count, (last - 1) // count + 1):
-            order = self._epoch(epoch)
-            parts.append(order[max(0, first - epoch * count) : last - epoch * count])
+        at, last, parts = step * self.batch_size, (step + 1) * self.batch_size, []
+        while at < last:
+            epoch, place = divmod(at, self.count)
+            start, window = self._window(epoch, place)
+            parts.append(window[place - start : place - start + last - at])
+            at += len(parts[-1])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _epoch(self, epoch: int) -> Tensor:
+    def _window(self, epoch: int, place: int) -> tuple[int, Tensor]:
+        """The permuted rows among which a place of an epoch lies, and the place where they begin."""
+        if isinstance(self.rows, Tensor):
+            return 0, self._kept((epoch, 0), lambda: self._permuted(self.rows, "epoch", epoch))  # type: ignore[arg-type]
         if epoch not in self.epochs:
-            generator = torch.Generator().manual_seed(key(self.seed, "epoch", epoch))
-            order = self.rows[torch.randperm(len(self.rows), generator=generator)]
-            # A batch spans two epochs at most, where it does not hold several whole ones.
-            self.epochs = {e: o for e, o in self.epochs.items() if e == epoch - 1} | {epoch: order}
-        return self.epochs[epoch]
+            order = _permutation(len(self.rows), self.seed, "epoch", epoch).tolist()
+            groups = [[self.rows[i] for i in order[first : first + WINDOW]] for first in range(0, len(order), WINDOW)]
+            ends = list(accumulate(sum(map(len, group)) for group in groups))
+            self.epochs = {e: o for e, o in self.epochs.items() if e == epoch - 1} | {epoch: (groups, ends)}
+        groups, ends = self.epochs[epoch]
+        number = bisect_right(ends, place)
+        return ends[number - 1] if number else 0, self._kept((epoch, number), lambda: self._permuted(
+            torch.cat([torch.arange(b.start, b.stop) for b in groups[number]]), f"window of epoch {epoch}", number
+        ))  # fmt: skip
+
+    def _kept(self, window: tuple[int, int], make: Callable[[], Tensor]) -> Tensor:
+        if window not in self.windows:
+            # A batch may span two of them.
+            self.windows = dict(list(self.windows.items())[-1:]) | {window: make()}
+        return self.windows[window]
+
+    def _permuted(self, rows: Tensor, purpose: str, number: int) -> Tensor:
+        return rows[_permutation(len(rows), self.seed, purpose, number)]
 
 
 def key(seed: int, purpose: str, number: int) -> int:
@@ -81,10 +116,37 @@ def key(seed: int, purpose: str, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def _permutation(count: int, seed: int, purpose: str, number: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(key(seed, purpose, number)))
+
+
 def split_rows(rows: int, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Indices of the rows that `fit` trains on and of those it holds out, as `config` decides them."""
     if rows < 1:
         raise InputError("`data` has no rows; give at least one to train on.")
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(key(config.seed, "split", 0)))
+    order = _permutation(rows, config.seed, "split", 0)
     held_out = min(rows - 1, math.ceil(rows * config.validation))
     return order[held_out:].sort().values, order[:held_out].sort().values
+
+
+def split_blocks(lengths: Sequence[int], config: TrainConfig) -> tuple[list[range], Tensor]:
+    """As `split_rows`, of rows in blocks: whole blocks, drawn at random, are held out, at least the share asked for."""
+    ends = list(accumulate(lengths))
+    if not ends or min(lengths) < 1:
+        raise InputError("`data` has no block, or one without rows; give at least one row in each.")
+    blocks = [range(end - length, end) for length, end in zip(lengths, ends, strict=True)]
+    held_out: list[range] = []
+    for i in torch.randperm(
+        len(blocks), generator=torch.Generator().manual_seed(key(config.seed, "split", 0))
+    ).tolist():
+        if sum(map(len, held_out)) >= ends[-1] * config.validation:
+            break
+        held_out.append(blocks[i])
+    if len(held_out) == len(blocks):
+        raise InputError(
+            f"`data` has {len(blocks)} block(s), of which at least one is held out and none is left to train on. Cut "
+            "it into smaller blocks, give `validation` rows, or set `validation` to 0."
+        )
+    return [block for block in blocks if block not in held_out], torch.cat(
+        [torch.arange(0), *(torch.arange(b.start, b.stop) for b in sorted(held_out, key=lambda b: b.start))]
+    )

@@ -9,6 +9,7 @@ processes as may be, and a dropped step can be replayed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -26,7 +27,7 @@ from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, holds_nothing, load, load_weights, made_here, save
 from aevb.config import Discrete, InputError, TrainConfig
-from aevb.training.batches import Arrays, Dataset, Order, key, split_rows
+from aevb.training.batches import Arrays, Dataset, Order, key, split_blocks, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.processes import Processes, join
 from aevb.training.step import NOTHING, OBJECTIVES, Objective, Step, check_memory
@@ -133,11 +134,16 @@ class _Trainer:
         self.processes = processes or Processes()
         self.data = data if isinstance(data, Dataset) else Arrays(data)
         self.judged = self.data
-        self.training, self.held_out = split_rows(len(self.data), config)
+        whole = config if validation is None else dataclasses.replace(config, validation=0.0)
+        training: Tensor | list[range]
+        if (blocks := getattr(self.data, "blocks", None)) is not None:
+            training, self.held_out = split_blocks(blocks, whole)
+        else:
+            training, self.held_out = split_rows(len(self.data), whole)
         if validation is not None:
             self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
-            self.training, self.held_out = torch.arange(len(self.data)), torch.arange(len(self.judged))
-        self.order = Order(self.training, config.batch_size, config.seed)
+            self.held_out = torch.arange(len(self.judged))
+        self.order = Order(training, config.batch_size, config.seed)
         self.parts = self.processes.parts(config.shards, self.order.batch_size)
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
         if self.processes.device is not None:
@@ -153,9 +159,7 @@ class _Trainer:
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
         self.told = str(name)
-        self.inner = Step(
-            vae, objective, self.state, config, self._check_data(), len(self.training), self.processes
-        )  # fmt: skip
+        self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count, self.processes)
         self.inner.measure(self.batch(0))
         if config.shards > 1:
             few = self.order.batch(0)[: max(2, self.order.batch_size // config.shards)]
@@ -245,10 +249,11 @@ class _Trainer:
         validation = None
         if len(self.held_out) and (self.step % config.validate_every == 0 or last):
             validation = self._validate()
+            self.tiers.look_again()
         if self.step % config.log_every == 0 or last or self.finished:
             record: dict[str, Any] = {
                 "step": self.step,
-                "epoch": self.step * self.order.batch_size / len(self.training),
+                "epoch": self.step * self.order.batch_size / self.order.count,
             }
             record |= self.inner.meter.read()
             # A node with one value for the data set is no code of a datum.
@@ -263,6 +268,7 @@ class _Trainer:
                 _log.info("step %d: bound %.4f nats", self.step, record["bound"])
                 if progress is not None:
                     progress(record)
+            self.tiers.look_again()
         elif validation is not None:
             self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
         if self.out is not None and self.step % config.checkpoint_every == 0:
@@ -334,7 +340,7 @@ class _Trainer:
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
-                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=len(self.training)
+                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=self.order.count
                 )
                 totals[number] = float(found.weighted().expand(1, len(indices)).sum())
             # Each chunk comes from one process and is added to zeros, so that the sum has the same bits for any number.

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class Tiers:
         self.step, self.tier, self.asked = step, tier, config.compile is True
         self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.run: Callable[..., None] = step
+        self.guarded: object = None  # names, shapes and types of a batch for which all of dynamo's guards have held
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -58,6 +59,10 @@ class Tiers:
                 "run. Install one, or train anew."
             )
         self.tier = recorded
+
+    def look_again(self) -> None:
+        """Evaluate all guards at the next step, since other code has run that could have changed the model."""
+        self.guarded = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
@@ -98,8 +103,13 @@ class Tiers:
         while self.tier != "eager":
             self.rate.fill_(rate)  # numbers that change would be compiled anew
             self.weight.fill_(weight)
+            form = [(name, value.shape, value.dtype) for name, value in values.items()]
             try:
-                self.run(values, self.rate, self.weight)
+                # Guards on every attribute of every module take a twentieth of a step, and nothing but the batch can
+                # have changed since the last one.
+                with _unguarded() if self.tier == "whole" and form == self.guarded else contextlib.nullcontext():
+                    self.run(values, self.rate, self.weight)
+                self.guarded = form
                 return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # raised before anything of the graph has run
@@ -123,3 +133,9 @@ def products(precision: Precision) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _unguarded() -> contextlib.AbstractContextManager[Any]:
+    """Within it, compiled functions evaluate only the guards that tell their versions apart."""
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    return stance
