@@ -247,3 +247,67 @@ def test_kinds_are_for_tables_only(tmp_path):
     np.save(tmp_path / "a.npy", np.eye(3))
     assert "no table" in refuse("inspect", tmp_path / "a.npy")
     assert "no table" in refuse("train", tmp_path / "a.npy", "--out", tmp_path / "run", "--column", "x1=count")
+
+
+# -- a folder of files -------------------------------------------------------------------------------------------------
+
+
+def _placed(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """As torchrun starts a process; those that share files out never talk to one another."""
+    for name, value in (("TORCHELASTIC_RUN_ID", 0), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size), ("RANK", rank)):
+        monkeypatch.setenv(name, str(value))
+
+
+@pytest.fixture
+def shards(folder, tmp_path) -> Path:
+    """The people in five files, the last but one without a hole, in the order of their names."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    table = people()
+    for i, rows in enumerate((40, 1, 40, 1, 60)):
+        first = (0, 40, 41, 4, 82)[i]
+        table.slice(first, rows).write_parquet(parts / f"part-{i}.parquet")
+    return parts
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("score", "--by-column", "--samples", 100),
+        ("encode",),
+        ("impute", "--samples", 100),
+        ("impute", "--samples", 20, "-m", 2),
+    ],
+)
+def test_processes_share_files_out_and_each_is_written_once(words, folder, shards, tmp_path, monkeypatch):
+    verb, *flags = words
+    out = tmp_path / "out"
+    names = [f"part-{i}.parquet" for i in range(5)]
+    _placed(monkeypatch, 1, 2)
+    told = succeed(verb, folder / "run", shards, "--out", out, *flags)
+    assert sorted(path.name for path in out.glob("*.parquet")) == names[1::2]
+    assert told.count("written to") == 2
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    # The job was killed here, and is begun again on one process: only what is lacking is made.
+    _placed(monkeypatch, 0, 1)
+    told = succeed(verb, folder / "run", shards, "--out", out, *flags)
+    assert f"2 of 5 files are in {out} already" in told
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert sorted(path.name for path in out.iterdir()) == [*names, "shards.json"]
+    # Each file holds what its rows give alone, in their order.
+    for name in names[:1] + names[2:3]:
+        succeed(verb, folder / "run", shards / name, "--out", tmp_path / name, *flags)
+        assert pl.read_parquet(out / name).equals(pl.read_parquet(tmp_path / name))
+    if verb != "encode":
+        told = refuse(verb, folder / "run", shards, "--out", out, *flags, "--seed", 3)
+        assert f"`{out}` holds results that were made otherwise (seed)" in told
+
+
+def test_what_cannot_be_shared_out_is_refused(folder, shards, tmp_path, monkeypatch):
+    assert "must name a folder" in refuse("score", folder / "run", shards)
+    assert "tell of one file" in refuse("score", folder / "run", shards, "--out", tmp_path / "out", "--top", 3)
+    assert not (tmp_path / "out").exists()
+    assert "is no result of this command" in refuse("encode", folder / "run", shards, "--out", shards)
+    _placed(monkeypatch, 0, 2)
+    told = refuse("encode", folder / "run", folder / "people.csv", "--out", tmp_path / "codes.csv")
+    assert "no folder of Parquet files, which is what the 2 processes can share out" in told

@@ -262,6 +262,9 @@ class TrainConfig(_Checked):
     """Most minibatch updates."""
     batch_size: int = 100
     """Rows per update."""
+    shards: int = 1
+    """Equal parts that each batch is cut into, each with noise of its own; processes share them out among themselves,
+    and one process takes them one after another, to the same weights."""
     samples: int = 1
     """Draws of the latents per datum."""
     optimizer: Optimizer = "adam"
@@ -333,6 +336,7 @@ class TrainConfig(_Checked):
         for name in (
             "steps",
             "batch_size",
+            "shards",
             "samples",
             "kl_cycles",
             "validate_every",
@@ -357,7 +361,21 @@ class TrainConfig(_Checked):
             raise InputError("`tc_weight` goes without `beta` and `free_bits`: each changes the KL its own way.")
         if self.free_bits_groups and not self.free_bits:
             raise InputError("`free_bits_groups` has no effect without `free_bits`. Give it nats, or drop it.")
+        self._check_shards()
         rate = self.learning_rate
         self._check("learning_rate", "finite and above 0", 0 < rate < math.inf, "1e-3 is a common choice.")
         for name in ("average", "validation"):
             self._check(name, "in [0, 1)", 0 <= getattr(self, name) < 1, "Give zero to switch it off.")
+
+    def _check_shards(self) -> None:
+        if self.batch_size % self.shards:
+            raise InputError(
+                f"`shards` must divide `batch_size`, for every part of a batch counts alike; got {self.shards} for "
+                f"{self.batch_size}. Give a batch_size of {math.ceil(self.batch_size / self.shards) * self.shards}."
+            )
+        for name, plain in (("free_bits", 0), ("tc_weight", 1)):
+            if self.shards > 1 and getattr(self, name) != plain:
+                raise InputError(
+                    f"`{name}` looks at all rows of a batch, and with `shards` {self.shards} no part sees them. "
+                    "Use shards 1."
+                )

@@ -27,7 +27,6 @@ from aevb.apps.runs import (
     evaluate_run,
     judged,
     open_run,
-    rows_of_file,
     schema_of,
     test_rows,
 )
@@ -71,7 +70,8 @@ def main() -> None:
         sys.exit(1)
     except Stopped as error:
         status, told = error.args
-        print(f"aevb: stopped. {told}", file=sys.stderr)
+        if told:
+            print(f"aevb: stopped. {told}", file=sys.stderr)
         sys.exit(status)
     except KeyboardInterrupt:
         print("aevb: stopped.", file=sys.stderr)
@@ -150,6 +150,8 @@ def train(
     drop_constant: bool = False,
     column: _Columns = (),
     schema: _File = None,
+    devices: int = 1,
+    nodes: int = 1,
     model: _ModelFlags = _ModelFlags(),  # noqa: B008
     training: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> None:
@@ -167,6 +169,9 @@ def train(
         drop_constant: Leave out columns that hold one value only.
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
+        devices: Processes to start on this machine, which share the --shards of every batch; each with a GPU where
+            there are as many. Leave it out, and nodes, under torchrun or srun, whose processes are found.
+        nodes: Machines, on each of which this command is started with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
         model: The model.
         training: The training.
     """
@@ -176,7 +181,7 @@ def train(
         told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
         if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
-        go_on(resume)
+        go_on(resume, devices, nodes)
         return
     if not data or out is None:
         raise InputError(
@@ -185,9 +190,9 @@ def train(
     kinds = kinds_of(data, column, schema, model.likelihood, binarize)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
     if kinds is not None:
-        print(set_aside(kinds), end="", flush=True)
         source["schema"] = kinds.to_json()
-    start(source, out, objective, dataclasses.asdict(model), training)
+    aside = "" if kinds is None else set_aside(kinds)
+    start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, aside)
 
 
 def evaluate(
@@ -299,25 +304,21 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet or IDX.
-        out: File to write: .npy, .csv or .parquet.
+        data: File with the rows: .npy, .npz, .csv, .parquet or IDX; or a folder of .parquet files, which the processes
+            of torchrun or srun share out.
+        out: File to write: .npy, .csv or .parquet; or a folder for as many files, of which only those are made that it
+            lacks.
     """
-    import torch
+    from aevb.apps.shards import shared_out
+    from aevb.apps.tables import encode_file
+    from aevb.data import check_destination
 
-    from aevb.bounds import evaluating, prepare
-    from aevb.data import check_destination, write_rows
-
-    check_destination(out)
     found = open_run(run)
-    with evaluating(found.vae):
-        posterior = found.vae.posterior(prepare(found.vae, {"x": rows_of_file(found, data)}))
-    parts, columns = [], []
-    for node, d in posterior.items():
-        for name, value in (("mean", d.mean), ("std", d.stddev)):
-            parts.append(value)
-            columns += [f"{node}{j + 1}_{name}" for j in range(value.shape[1])]
-    write_rows(out, torch.cat(parts, 1).numpy(), columns)
-    print(f"{len(parts[0])} rows, {len(columns)} columns written to {out}")
+    files = shared_out(found, data, out, {"verb": "encode"})
+    if files is None:
+        check_destination(out)
+    for source, target in files or [(data, out)]:
+        print(encode_file(found, source, target), flush=True)
 
 
 def impute(
@@ -335,19 +336,24 @@ def impute(
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX.
-        out: File to write: .csv or .parquet; .npy where all columns are of one kind.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX; or a folder of .parquet files, as for
+            `aevb encode`.
+        out: File to write: .csv or .parquet; .npy where all columns are of one kind; or a folder.
         draws: Multiple imputations M; 0 for the mean.
         samples: Importance samples a row.
         seed: Key of the draws.
     """
+    from aevb.apps.shards import shared_out
     from aevb.apps.tables import impute_file
     from aevb.data import check_destination
 
     found = open_run(run)
-    check_destination(out, tables=schema_of(found) is not None)
-    print(impute_file(found, data, out, draws=draws, samples=samples, seed=seed))
-    print(f"written to {out}")
+    files = shared_out(found, data, out, {"verb": "impute", "draws": draws, "samples": samples, "seed": seed})
+    if files is None:
+        check_destination(out, tables=schema_of(found) is not None)
+    for source, target in files or [(data, out)]:
+        print(impute_file(found, source, target, draws=draws, samples=samples, seed=seed, whole=files is not None))
+        print(f"written to {target}", flush=True)
 
 
 def score(
@@ -364,19 +370,33 @@ def score(
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX.
-        out: File to write: .npy, .csv or .parquet.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX; or a folder of .parquet files, as for
+            `aevb encode`.
+        out: File to write: .npy, .csv or .parquet; or a folder.
         by_column: Write -log p of each entry given the others of its row, too, with its standard error.
         top: Show so many rows that the model finds least likely, and what in them surprises it most.
         samples: Importance samples a row.
         seed: Key of the draws.
         json: Print one JSON object and nothing else.
     """
-    from aevb.apps.tables import score_file
+    from aevb.apps.shards import shared_out
+    from aevb.apps.tables import score_file, score_rows
 
     if top < 0:
         raise InputError(f"`top` must not be negative; got {top}. Give the number of rows to show.")
     found = open_run(run)
+    settings = {"verb": "score", "by_column": by_column, "samples": samples, "seed": seed}
+    files = shared_out(found, data, out, settings)
+    if files is not None:
+        if top or json:
+            raise InputError("`--top` and `--json` tell of one file, and DATA is a folder of them. Leave them out.")
+        for source, target in files:
+            rows, marginal, _ = score_rows(
+                found, source, target, by_column=by_column, by_entry=by_column, samples=samples, seed=seed, quiet=True
+            )
+            mean = float(marginal.log_prob.mean())
+            print(f"{len(rows)} rows, mean log p(x) {mean:.2f} nats, written to {target}", flush=True)
+        return
     summary, told = score_file(found, data, out, by_column=by_column, top=top, samples=samples, seed=seed, quiet=json)
     for each in () if json else told:
         each()

@@ -10,10 +10,10 @@ __all__ = ["rows_done", "steps_done"]
 
 
 @contextmanager
-def steps_done(steps: int, start: int = 0) -> Iterator[Callable[[dict[str, Any]], None]]:
+def steps_done(steps: int, start: int = 0, *, quiet: bool = False) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A bar over training's steps that shows the bound, in nats a datum; takes the records of the history."""
     fields = "bound {task.fields[bound]} nats, held out {task.fields[validation]}"
-    with _bar("training", steps, fields) as (bar, task):
+    with _bar("training", steps, fields, quiet) as (bar, task):
         bar.update(task, completed=start)
 
         def tell(record: dict[str, Any]) -> None:

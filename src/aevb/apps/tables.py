@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from aevb.data import Schema
     from aevb.evaluate import Marginal, Surprisal
 
-__all__ = ["impute_file", "inspected", "kinds_of", "print_schema", "score_file", "set_aside", "written"]
+__all__ = [
+    "encode_file",
+    "impute_file",
+    "inspected",
+    "kinds_of",
+    "print_schema",
+    "score_file",
+    "score_rows",
+    "set_aside",
+    "written",
+]
 
 _SET = "imputation"
 _COLUMNS = 3
@@ -120,16 +130,37 @@ def written(path: Path, run: Run, x: Any) -> None:
         write_rows(path, x.numpy(), run.data.get("columns") or [f"x{j + 1}" for j in range(x.shape[1])])
 
 
-def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, seed: int) -> str:
-    """Fill in the holes of a file; tells what was done in one line."""
+def encode_file(run: Run, path: str, out: Path) -> str:
+    """Write mean and standard deviation of q(z | x) for the rows of a file; tells what was done in one line."""
+    import torch
+
+    from aevb.bounds import evaluating, prepare
+    from aevb.data import write_rows
+
+    with evaluating(run.vae):
+        posterior = run.vae.posterior(prepare(run.vae, {"x": rows_of_file(run, path)}))
+    parts, columns = [], []
+    for node, d in posterior.items():
+        for name, value in (("mean", d.mean), ("std", d.stddev)):
+            parts.append(value)
+            columns += [f"{node}{j + 1}_{name}" for j in range(value.shape[1])]
+    write_rows(out, torch.cat(parts, 1).numpy(), columns)
+    return f"{len(parts[0])} rows, {len(columns)} columns written to {out}"
+
+
+def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, seed: int, whole: bool = False) -> str:
+    """Fill in the holes of a file, which has some unless it may be `whole`; tells what was done in one line."""
     import torch
 
     from aevb.evaluate import impute
 
     rows = rows_of_file(run, path)
     holes = int(rows.isnan().sum()) if rows.is_floating_point() else 0
-    if not holes:
+    if not holes and not whole:
         raise InputError(f"`{path}` has no missing entry in the model's columns. There is nothing to fill in.")
+    if not holes:
+        _write_imputed(run, path, out, [rows] * max(1, draws), bool(draws))
+        return f"no missing entry in {len(rows)} rows"
     found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
     sets = list(found.draws["x"]) if draws else [found.mean["x"]]
     _write_imputed(run, path, out, [torch.where(rows.isnan(), each.to(rows), rows) for each in sets], bool(draws))
@@ -181,9 +212,26 @@ def score_file(
     run: Run, path: str, out: Path | None, *, by_column: bool, top: int, samples: int, seed: int, quiet: bool
 ) -> tuple[Summary, list[Callable[[], None]]]:
     """Score the rows of a file and write their figures; the summary, and what else is to be printed before it."""
+    from aevb.apps.summary import summarize
+
+    rows, marginal, found = score_rows(
+        run, path, out, by_column=by_column, by_entry=by_column or top > 0, samples=samples, seed=seed, quiet=quiet
+    )
+    told: list[Callable[[], None]] = []
+    if top and found is not None:
+        told.append(partial(_print, _oddities(run, rows, marginal, found, top)))
+    if rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
+        told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
+    summary = summarize(run.vae, {"x": rows}, marginal, seed=seed, split=Path(path).name, data=pixels(run))
+    return summary, told
+
+
+def score_rows(
+    run: Run, path: str, out: Path | None, *, by_column: bool, by_entry: bool, samples: int, seed: int, quiet: bool
+) -> tuple[Tensor, Marginal, Surprisal | None]:
+    """Score the rows of a file, or their entries too, and write the figures; the rows with what was found."""
     import torch
 
-    from aevb.apps.summary import summarize
     from aevb.data import check_destination, write_rows
     from aevb.evaluate import log_marginal, surprisal
 
@@ -192,7 +240,7 @@ def score_file(
     rows, found = rows_of_file(run, path), None
     with rows_done("scoring", len(rows), quiet=quiet) as progress:
         marginal = log_marginal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
-    if by_column or top:
+    if by_entry:
         with rows_done("scoring columns", len(rows), quiet=quiet) as progress:
             found = surprisal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
     if out is not None:
@@ -201,13 +249,7 @@ def score_file(
             for j, name in enumerate(_names(run, rows)):
                 figures += [(f"{name}_nll", found.nll[:, j]), (f"{name}_nll_std_error", found.std_error[:, j])]
         write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
-    told: list[Callable[[], None]] = []
-    if top and found is not None:
-        told.append(partial(_print, _oddities(run, rows, marginal, found, top)))
-    if rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
-        told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
-    summary = summarize(run.vae, {"x": rows}, marginal, seed=seed, split=Path(path).name, data=pixels(run))
-    return summary, told
+    return rows, marginal, found
 
 
 def _print(table: Table) -> None:

@@ -13,6 +13,7 @@ from aevb.config import InputError, TrainConfig
 if TYPE_CHECKING:
     from aevb.checkpoint import Run
     from aevb.data import Data
+    from aevb.training.processes import Processes
 
 __all__ = ["Stopped", "go_on", "start"]
 
@@ -21,17 +22,23 @@ class Stopped(Exception):
     """A run was told to stop, and did: the status to end with, and how to go on."""
 
 
-def start(source: dict[str, Any], out: Path, objective: str, model: dict[str, Any], config: TrainConfig) -> None:
-    """Train anew and save the run in `out`."""
+def start(
+    source: dict[str, Any], out: Path, objective: str, model: dict[str, Any], config: TrainConfig,
+    devices: int = 1, nodes: int = 1, told: str = "",
+) -> None:  # fmt: skip
+    """Train anew, on some processes, and save the run in `out`; says `told` of the data first."""
     import torch
 
     from aevb.build import build_vae
     from aevb.checkpoint import holds_nothing
+    from aevb.training.processes import launch
 
     if not holds_nothing(out):
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
+    _check_devices(devices, nodes, config)
     data = load_data(source)
     described = model_config(model, data)
+    processes = launch(devices, nodes)
     before = torch.get_default_dtype()
     try:
         # Values that float32 cannot tell apart, such as times in seconds, are read as float64 and modelled so.
@@ -42,15 +49,29 @@ def start(source: dict[str, Any], out: Path, objective: str, model: dict[str, An
     finally:
         torch.set_default_dtype(before)
     describe = data.describe() | {"command": source, "objective": objective}
-    print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
-    with steps_done(config.steps) as progress:
-        run = _fit(vae, data, config, objective, out, False, progress, describe)
-    _tell_end(run)
+    if processes.is_writer:
+        print(told, end="")
+        print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
+    with steps_done(config.steps, quiet=not processes.is_writer) as progress:
+        run = _fit(vae, data, config, objective, out, False, progress, describe, processes)
+    if processes.is_writer:
+        _tell_end(run)
 
 
-def go_on(folder: Path) -> None:
-    """Go on with a run that was stopped, as it was begun."""
+def _check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
+    """Raise before any process is started if the parts of a batch could not be shared out among them."""
+    from aevb.training.processes import Processes
+
+    if devices < 1 or nodes < 1:
+        raise InputError(f"`devices` and `nodes` must be at least 1; got {devices} and {nodes}.")
+    Processes(size=devices * nodes).parts(config.shards, config.batch_size)
+
+
+def go_on(folder: Path, devices: int = 1, nodes: int = 1) -> None:
+    """Go on with a run that was stopped, as it was begun, on as many processes as may be."""
     import torch
+
+    from aevb.training.processes import launch
 
     run = open_run(folder)
     so_far = run.resume["numbers"]
@@ -58,23 +79,28 @@ def go_on(folder: Path) -> None:
         raise InputError(
             f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
         )
-    torch.set_num_threads(so_far["threads"])  # another number would round otherwise
+    _check_devices(devices, nodes, run.config)
     data = data_of(run, None)
-    with steps_done(run.config.steps, so_far["step"]) as progress:
-        run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data)
-    _tell_end(run)
+    processes = launch(devices, nodes, so_far["device"])
+    torch.set_num_threads(so_far["threads"])  # another number would round otherwise
+    run.vae.to(so_far["device"])
+    with steps_done(run.config.steps, so_far["step"], quiet=not processes.is_writer) as progress:
+        run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data, processes)
+    if processes.is_writer:
+        _tell_end(run)
 
 
 def _fit(
     vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, resume: bool,
-    progress: Callable[[dict[str, Any]], None], describe: dict[str, Any],
+    progress: Callable[[dict[str, Any]], None], describe: dict[str, Any], processes: Processes,
 ) -> Run:  # fmt: skip
     from aevb.checkpoint import holds_nothing
     from aevb.training import fit
 
+    told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
     try:
         return fit(
-            vae,
+            vae.to(processes.device),
             data.training(),
             config,
             objective=objective,
@@ -86,8 +112,11 @@ def _fit(
     except (KeyboardInterrupt, SystemExit) as stop:
         if holds_nothing(out):
             raise
-        told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
-        raise Stopped(stop.code if isinstance(stop, SystemExit) else 130, told) from None
+        status = stop.code if isinstance(stop, SystemExit) else 130
+        raise Stopped(status, told if processes.is_writer else "") from None
+    except ConnectionError as error:
+        kept = processes.is_writer and not holds_nothing(out)
+        raise Stopped(1, f"{error} {told if kept else ''}".rstrip()) from error
 
 
 def _tell_end(run: Run) -> None:

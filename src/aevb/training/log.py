@@ -6,6 +6,7 @@ import csv
 import io
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ __all__ = ["History", "Interrupt", "dead_dimensions", "told_collapse", "told_dea
 
 _DEAD = 0.01
 """Nats below which a latent dimension, or a node whose KL does not split, carries nothing."""
+_ECHO_SECONDS = 1.0
 
 
 class History:
@@ -76,10 +78,14 @@ def _cell(record: Mapping[str, Any], column: str) -> Any:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; the second stops at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current step; a later one stops at once.
+
+    What follows within a second is the first one's echo: torchrun passes on what SLURM has sent to its children, too.
+    """
 
     def __init__(self) -> None:
         self.asked: BaseException | None = None  # what to raise once the step is done
+        self.since = 0.0
 
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
@@ -93,9 +99,10 @@ class Interrupt:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         stop = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-        if self.asked is not None:
+        if self.asked is None:
+            self.asked, self.since = stop, time.monotonic()
+        elif time.monotonic() > self.since + _ECHO_SECONDS:
             raise stop
-        self.asked = stop
 
 
 def dead_dimensions(kl_dims: Mapping[str, list[float]]) -> dict[str, list[int]]:

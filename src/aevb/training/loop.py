@@ -1,8 +1,9 @@
 r"""`fit`: Algorithm 1 of the notes (AEVB). Minibatch, noise, gradient, update; unbiased for the whole data set.
 
 Step t takes the next rows of an endless stream of permutations, each drawn from (seed, epoch), and seeds torch's
-generator with (seed, t): draws, dropout and per-epoch binarisation are functions of the step, so a run that resumes at
-step t goes on as if it had never stopped, and a dropped step can be replayed.
+generator with (seed, t), or for part a of a batch that is cut with (seed, t, a): draws, dropout and per-epoch
+binarisation are functions of the step, so a run that resumes at step t goes on as if it had never stopped, on as many
+processes as may be, and a dropped step can be replayed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import logging
 import math
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,11 +26,12 @@ from torch import Tensor, nn
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, holds_nothing, load, load_weights, made_here, save
-from aevb.config import Discrete, InputError, Precision, TrainConfig
+from aevb.config import Discrete, InputError, TrainConfig
 from aevb.training.batches import Arrays, Dataset, Order, key, split_blocks, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
-from aevb.training.step import OBJECTIVES, Objective, Step, check_memory
-from aevb.training.tiers import Tiers, wanted_tier
+from aevb.training.processes import Processes, join
+from aevb.training.step import NOTHING, OBJECTIVES, Objective, Step, check_memory
+from aevb.training.tiers import Tiers, products, wanted_tier
 from aevb.training.updates import OptimizerState
 
 __all__ = ["OBJECTIVES", "fit"]
@@ -56,6 +59,9 @@ def fit(
     The loss of a step is minus the mean bound of its rows, an unbiased estimate of 1/N of the data set's. Rows held out
     by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO.
 
+    Started by torchrun or srun on several processes, each calls this alike, begins with the first one's weights, and is
+    left with the same run; the first writes. Together they take the `config.shards` parts of every batch.
+
     Args:
         vae: Model, trained in place; left with the kept weights.
         data: Node names to arrays `(N, *event)`, NaN for missing; or an object with `len` and `take(indices)`.
@@ -66,7 +72,7 @@ def fit(
         validation: Rows that choose the kept weights, in the form of `data`; None holds out `config.validation` of it.
         out: Folder for checkpoints and `history.csv`; must not hold a run, unless `resume`.
         resume: Go on from the newest checkpoint in `out`.
-        progress: Called with each record of the history.
+        progress: Called with each record of the history, in the process that writes.
         describe: What the data are, JSON-able, for the run's record.
 
     Returns:
@@ -77,6 +83,7 @@ def fit(
         FloatingPointError: If too many steps in a row are not finite; names the term, the rows and the parameters.
         KeyboardInterrupt: On Ctrl-C, after a checkpoint was written to `out`.
         SystemExit: On SIGTERM, likewise, with status 143.
+        ConnectionError: If another process of the job has ended.
 
     Example:
         >>> import aevb
@@ -93,13 +100,14 @@ def fit(
         raise InputError(f"`{target}` exists already; a run is never overwritten. Choose another folder, or resume it.")
     if resume and target is None:
         raise InputError("`resume` needs the folder of the run in `out`.")
-    if target is not None and not resume:
+    processes = join(next((p.device.type for p in vae.parameters()), "cpu"))
+    if target is not None and not resume and processes.is_writer:
         with explained(target):
             target.mkdir(parents=True, exist_ok=True)
     trainer = None
     try:
         with torch.random.fork_rng(), Interrupt() as interrupt:
-            trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}), validation)
+            trainer = _Trainer(vae, data, config, objective, target, dict(describe or {}), validation, processes)
             if resume:
                 trainer.restore()
             elif target is not None:
@@ -108,7 +116,8 @@ def fit(
             return trainer.finish()
     except Exception:
         # What failed before its first step would only stand in the way of the next try.
-        if target is not None and not resume and (trainer is None or trainer.step == 0):
+        unused = not resume and processes.is_writer and (trainer is None or trainer.step == 0)
+        if target is not None and unused:
             shutil.rmtree(target, ignore_errors=True)
         raise
 
@@ -119,8 +128,10 @@ class _Trainer:
     def __init__(
         self, vae: VAE, data: Mapping[str, Any] | Dataset, config: TrainConfig, objective: str | Objective,
         out: Path | None, describe: dict[str, Any], validation: Mapping[str, Any] | Dataset | None = None,
+        processes: Processes | None = None,
     ) -> None:  # fmt: skip
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
+        self.processes = processes or Processes()
         self.data = data if isinstance(data, Dataset) else Arrays(data)
         self.judged = self.data
         whole = config if validation is None else dataclasses.replace(config, validation=0.0)
@@ -133,20 +144,29 @@ class _Trainer:
             self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
             self.held_out = torch.arange(len(self.judged))
         self.order = Order(training, config.batch_size, config.seed)
+        self.parts = self.processes.parts(config.shards, self.order.batch_size)
         modules = [vae, objective] if isinstance(objective, nn.Module) else [vae]
+        if self.processes.device is not None:
+            for module in modules:
+                module.to(self.processes.device)
         params = [p for module in modules for p in module.parameters() if p.requires_grad]
         if not params:
             raise InputError("`vae` has no parameters to train. Give p or q a conditional with a net.")
         self.reference = params[0]
-        check_memory(vae, self.order.batch_size * config.samples)
+        check_memory(vae, self.order.batch_size // config.shards * config.samples)
+        for module in modules:  # which each process may have begun with weights of its own
+            self.processes.share_([*module.parameters(), *module.buffers()])
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
         self.told = str(name)
-        self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count)
+        self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count, self.processes)
         self.inner.measure(self.batch(0))
+        if config.shards > 1:
+            few = self.order.batch(0)[: max(2, self.order.batch_size // config.shards)]
+            self.inner.check_rows_apart(self._take(self.data, few), lambda: self._seed("apart", 0))
         tier = wanted_tier(config, vae, self.order.batch_size)
         self.tiers = Tiers(self.inner, config, tier, self.reference.device)
-        self.history = History([], out)
+        self.history = History([], out if self.processes.is_writer else None)
         self.step = 0
         self.best: dict[str, Tensor] | None = None
         self.best_bound, self.stale = -math.inf, 0
@@ -154,10 +174,15 @@ class _Trainer:
         self.finished = False
         self.collapsed: set[str] = set()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """The rows of one step, torch's generator seeded for it."""
-        self._seed("step", step)
-        return self._take(self.data, self.order.batch(step))
+    def batch(self, step: int, part: int = 0) -> dict[str, Tensor]:
+        """The rows of one step, or of a part of it, torch's generator seeded for them."""
+        rows, shards = self.order.batch(step), self.config.shards
+        if shards > 1:
+            rows = rows.tensor_split(shards)[part]
+            self._seed(f"step {step} part", part)
+        else:
+            self._seed("step", step)
+        return self._take(self.data, rows)
 
     def _take(self, data: Dataset, indices: Tensor) -> dict[str, Tensor]:
         taken = self.vae.p.to_states(data.take(indices))
@@ -184,30 +209,40 @@ class _Trainer:
                     digest.update(name.encode())
                     digest.update(taken[name].detach().cpu().contiguous().numpy().data)
         self.fingerprint = digest.hexdigest()
+        if len(set(self.processes.gather(int(self.fingerprint[:15], 16)))) > 1:
+            raise InputError(
+                "`data` are not the same in all processes. Read them from one source, or seed what draws them."
+            )
         return tuple(sorted(holes))
 
     def train(self, interrupt: Interrupt, progress: Callable[[dict[str, Any]], None] | None) -> None:
         """Step until the last step, until validation stops improving, or until asked to stop."""
         self.vae.train()
-        with _products(self.config.precision), self.tiers.ready() as take_step:
+        with products(self.config.precision), self.tiers.ready() as take_step:
             began, dropped_in_row = time.monotonic() - self.seconds, 0
             while self.step < self.config.steps and not self.finished:
                 rate, weight = self._rate(self.step), self._kl_weight(self.step)
                 # Reading a number back waits for the device: on a processor it costs nothing, elsewhere a log interval.
-                meter, look = self.inner.meter, self.reference.device.type == "cpu"
-                before = int(meter.dropped) if look else 0
-                take_step(self.batch(self.step), rate, weight)
+                meter = self.inner.meter
+                look = self.reference.device.type == "cpu" or self.step % self.config.log_every == 0
+                before = int(meter.dropped) if self.reference.device.type == "cpu" else 0
+                for part in self.parts:
+                    take_step(self.batch(self.step, part), rate, weight)
+                together = (
+                    None if self.inner.total is None else self.inner.take_total(rate, interrupt.asked is not None)
+                )
                 meter.steps += 1
-                if look or self.step % self.config.log_every == 0:
+                if look:
                     fresh = int(meter.dropped) - before
                     dropped_in_row = self._dropped(dropped_in_row + fresh, weight) if fresh else 0
                 self.step += 1
                 self.seconds = time.monotonic() - began
                 self._at_step(rate, weight, progress)
-                if interrupt.asked is not None:
+                # Of several processes each stops with the others, and so at a step that they all know.
+                if interrupt.asked is not None if together is None else (look and bool(together)):
                     if self.out is not None:
                         self.checkpoint()
-                    raise interrupt.asked
+                    raise interrupt.asked or SystemExit(128 + signal.SIGTERM)
 
     def _at_step(self, rate: float, weight: float, progress: Callable[[dict[str, Any]], None] | None) -> None:
         config, last = self.config, self.step == self.config.steps
@@ -224,13 +259,15 @@ class _Trainer:
             # A node with one value for the data set is no code of a datum.
             record["dead"] = dead_dimensions({n: k for n, k in record["kl_dims"].items() if n not in self.vae.shared})
             record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
-            self._watch(record, last or self.finished)
+            if self.processes.is_writer:
+                self._watch(record, last or self.finished)
             if validation is not None:
                 record["validation"] = validation
             self.history.add(record)
-            _log.info("step %d: bound %.4f nats", self.step, record["bound"])
-            if progress is not None:
-                progress(record)
+            if self.processes.is_writer:
+                _log.info("step %d: bound %.4f nats", self.step, record["bound"])
+                if progress is not None:
+                    progress(record)
             self.tiers.look_again()
         elif validation is not None:
             self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
@@ -269,7 +306,7 @@ class _Trainer:
     def _dropped(self, in_row: int, weight: float) -> int:
         """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
         if in_row == 1 or in_row >= _MOST_DROPPED:
-            cause = self.inner.explain(self.batch(self.step), weight)
+            cause = self._cause(weight)
             told = f"Step {self.step} is not finite and was left out: {cause}."
             if in_row >= _MOST_DROPPED:
                 if self.out is not None:
@@ -278,22 +315,36 @@ class _Trainer:
                     f"{_MOST_DROPPED} steps in a row were not finite; the weights are those before them. {told} "
                     "Lower `learning_rate`, set `clip_norm`, or look at those rows."
                 )
-            _log.warning("%s", told)
+            if self.processes.is_writer:
+                _log.warning("%s", told)
         return in_row
+
+    def _cause(self, weight: float) -> str:
+        """What was not finite in the step, in whichever part of it, and whosever."""
+        if self.config.shards == 1:
+            return self.inner.explain(self.batch(self.step), weight)
+        found = [(part, self.inner.explain(self.batch(self.step, part), weight)) for part in self.parts]
+        told = [f"in part {part}, {cause}" for part, cause in found if cause != NOTHING]
+        return "; ".join(filter(None, self.processes.tell("; ".join(told)))) or NOTHING
 
     def _validate(self) -> float:
         """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
+        rows, size = len(self.held_out), self.processes.size
+        chunks = self.held_out.split(min(_CHUNK, math.ceil(rows / self.config.shards)))
+        totals = torch.zeros(len(chunks), dtype=torch.float64, device=self.processes.device)
         with self._showing(self.averaged()), evaluating(self.vae):
-            total = 0.0
-            for number, indices in enumerate(self.held_out.split(_CHUNK)):
+            for number, indices in enumerate(chunks):
+                if number % size != self.processes.rank:
+                    continue
                 self._seed("validation", number)
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
                     self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=self.order.count
                 )
-                total += float(found.weighted().expand(1, len(indices)).sum())
-            bound = total / len(self.held_out)
+                totals[number] = float(found.weighted().expand(1, len(indices)).sum())
+            # Each chunk comes from one process and is added to zeros, so that the sum has the same bits for any number.
+            bound = float(sum(self.processes.sum_(totals).tolist()) / rows)
             if bound > self.best_bound:
                 self.best_bound, self.stale = bound, 0
                 self.best = _copy(self.vae)
@@ -348,7 +399,7 @@ class _Trainer:
             "finished": self.finished, "since_log": self.inner.meter.steps, "rows": len(self.data),
             "held_out": len(self.held_out), "objective": self.told, "collapsed": sorted(self.collapsed),
             "threads": torch.get_num_threads(),
-            "device": str(self.reference.device), "tier": self.tiers.tier, "fingerprint": self.fingerprint,
+            "device": self.reference.device.type, "tier": self.tiers.tier, "fingerprint": self.fingerprint,
         }  # fmt: skip
         return Run(
             vae=self.vae, config=self.config, history=self.history.records, path=self.out, data=self.describe,
@@ -358,9 +409,11 @@ class _Trainer:
 
     def checkpoint(self) -> None:
         """Save the kept weights, and all that training needs to go on."""
-        run = self.run()
-        with self._showing(self.kept()):
-            save(run, keep=self.config.keep_checkpoints)
+        if self.processes.is_writer:
+            run = self.run()
+            with self._showing(self.kept()):
+                save(run, keep=self.config.keep_checkpoints)
+        self.processes.barrier()
 
     def restore(self) -> None:
         """Take up the newest checkpoint in `out`."""
@@ -411,7 +464,7 @@ class _Trainer:
             "rows": len(self.data),
             "held_out": len(self.held_out),
             "threads": torch.get_num_threads(),
-            "device": str(self.reference.device),
+            "device": self.reference.device.type,
         }
         if found.made and (odd := [name for name, value in made_here().items() if found.made.get(name) != value]):
             told = ", ".join(f"{name} was {found.made.get(name)}, is {made_here()[name]}" for name in odd)
@@ -436,21 +489,10 @@ class _Trainer:
         if weights is not None:
             load_weights(self.vae, weights, "its own best weights")
         self.vae.eval()
-        if self.out is not None:
+        if self.out is not None and self.processes.is_writer:
             save(run, keep=self.config.keep_checkpoints)
+        self.processes.barrier()  # nobody reads the run before it is there
         return run
-
-
-@contextlib.contextmanager
-def _products(precision: Precision) -> Iterator[None]:
-    """Matrix products of a precision; torch takes float32 ones where the processor has no units for bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    if precision == "bfloat16":
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _copy(vae: nn.Module) -> dict[str, Tensor]:

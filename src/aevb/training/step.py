@@ -27,9 +27,10 @@ from aevb.bounds import (
     total_correlation,
 )
 from aevb.config import InputError, TrainConfig
+from aevb.training.processes import Processes
 from aevb.training.updates import OptimizerState, update_eagerly
 
-__all__ = ["OBJECTIVES", "Meter", "Objective", "Step", "check_memory"]
+__all__ = ["NOTHING", "OBJECTIVES", "Meter", "Objective", "Step", "Total", "check_memory"]
 
 _log = logging.getLogger("aevb")
 
@@ -59,6 +60,9 @@ OBJECTIVES: dict[str, tuple[Kl, Callable[[Terms, Tensor | float, TrainConfig, in
 """Name to the kind of KL its terms need and their reduction to `(N,)`, nats, higher is better."""
 
 _PLAIN = TrainConfig()
+
+NOTHING = "nothing when replayed"
+"""What `Step.explain` says where all is finite."""
 
 
 class Meter:
@@ -138,14 +142,36 @@ def _check_settings(objective: str | Objective, config: TrainConfig) -> None:
             )
 
 
+class Total:
+    """What the parts of a batch add up to, in one flat buffer: gradients, loss, means, and who asked to stop."""
+
+    def __init__(self, params: list[Tensor], means: int, shards: int, processes: Processes) -> None:
+        self.shards, self.processes = shards, processes
+        sizes = [p.numel() for p in params]
+        self.flat = torch.zeros(sum(sizes) + means + 2, dtype=params[0].dtype, device=params[0].device)
+        *pieces, self.means, self.loss, self.stop = self.flat.split([*sizes, means, 1, 1])
+        self.grads = [piece.view_as(p) for piece, p in zip(pieces, params, strict=True)]
+
+    @torch.no_grad()
+    def add(self, grads: list[Tensor], loss: Tensor, means: Tensor) -> None:
+        """Take in one part."""
+        torch._foreach_add_([*self.grads, self.means, self.loss], [*grads, means.to(self.flat), loss.reshape(1)])
+
+    @torch.no_grad()
+    def reduce_(self) -> None:
+        """From sums over the parts of this process to means over those of all."""
+        self.processes.sum_(self.flat).div_(self.shards)
+
+
 class Step:
     """Bound, gradient, clipping, update, averaging and sums for one batch."""
 
     def __init__(
         self, vae: VAE, objective: str | Objective, state: OptimizerState, config: TrainConfig, holes: tuple[str, ...],
-        data_size: int,
+        data_size: int, processes: Processes | None = None,
     ) -> None:  # fmt: skip
         _check_settings(objective, config)
+        self.processes = processes or Processes()
         self.vae, self.objective, self.state, self.config, self.holes = vae, objective, state, config, holes
         self.data_size = data_size
         self.wanted = set() if isinstance(objective, str) else _wanted(objective)
@@ -155,6 +181,7 @@ class Step:
         self.is_bound &= config.discrete != "relax"
         self.update = update_eagerly
         self.meter = Meter({}, state.count.device)
+        self.total: Total | None = None  # where batches come in parts
 
     def measure(self, values: Values) -> None:
         """Learn from one batch into how many groups each latent's KL comes, and let a custom objective be seen."""
@@ -174,6 +201,34 @@ class Step:
         if self.objective == "iwae":
             refuse_shared(self.vae)
         self.meter = Meter({node: found.node_kl(node).shape[-1] for node in found.latents}, self.state.count.device)
+        if self.config.shards > 1:
+            means = len(self.meter.sums) - 1  # the norm is known of the whole batch only
+            self.total = Total(self.state.params, means, self.config.shards, self.processes)
+
+    @torch.no_grad()
+    def check_rows_apart(self, values: Values, reseed: Callable[[], None]) -> None:
+        """Raise if the objective of a row depends on the rows beside it: cut otherwise, a batch would be another.
+
+        Seen from a pass in which every row is the first, with the same noise; and from buffers that a pass changes.
+        """
+        buffers = {name: buffer.clone() for name, buffer in self.vae.named_buffers()}
+        seen = []
+        for rows in (values, {name: value[:1].expand_as(value).contiguous() for name, value in values.items()}):
+            reseed()
+            seen.append(self._objective(rows, self._terms(rows), torch.ones(()))[0].double())
+        learned = []
+        for name, buffer in self.vae.named_buffers():
+            if not torch.equal(buffer, buffers[name]):
+                learned.append(name)
+                buffer.copy_(buffers[name])
+        cure = "Use shards 1, or what sees a row by itself (not batch-norm, nor a term over the minibatch)."
+        if learned:
+            raise InputError(f"`shards` cannot cut a batch of which the net keeps statistics ({learned[0]}). {cure}")
+        if not torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-4, equal_nan=True):
+            raise InputError(
+                "`shards` cannot cut a batch whose rows the objective or a net mixes: the first row's changed from "
+                f"{seen[0]:.6g} to {seen[1]:.6g} with the rows beside it. {cure}"
+            )
 
     def __call__(self, values: Values, rate: Tensor | float, kl_weight: Tensor | float) -> None:
         """Take one step on `values`."""
@@ -190,12 +245,31 @@ class Step:
             return loss, torch.cat([told, *divergences])
 
     def take(self, loss: Tensor, means: Tensor, rate: Tensor | float) -> None:
-        """Differentiate, and update the weights."""
+        """Differentiate, and update the weights; of a part of a batch, keep the gradient for `take_total`."""
         raw = torch.autograd.grad(loss, self.state.params, allow_unused=True)
         grads = [torch.zeros_like(p) if g is None else g for p, g in zip(self.state.params, raw, strict=True)]
+        if self.total is not None:
+            self.total.add(grads, loss.detach(), means)
+            return
         norm, ok = self.update(self.state, grads, loss, rate, self.config)
         with torch.no_grad():
             self.meter.add(norm.detach(), means, ok)
+
+    @torch.no_grad()
+    def take_total(self, rate: float, stop: bool) -> Tensor:
+        """Update the weights by what the parts of all processes add up to; returns whether any of them asked to stop.
+
+        Every process has the same total, so all drop the step or none does.
+        """
+        assert self.total is not None
+        total = self.total
+        total.stop.fill_(float(stop))
+        total.reduce_()
+        norm, ok = self.update(self.state, total.grads, total.loss[0], rate, self.config)
+        self.meter.add(norm, total.means.to(self.meter.sums), ok)
+        asked: Tensor = total.stop[0] > 0
+        total.flat.zero_()
+        return asked
 
     def _terms(self, values: Values) -> Terms:
         config = self.config
@@ -255,7 +329,7 @@ class Step:
         ]
         if odd:
             told.append(f"the gradient of {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
-        return "; ".join(told) or "nothing when replayed"
+        return "; ".join(told) or NOTHING
 
 
 def _plain(config: TrainConfig) -> TrainConfig:

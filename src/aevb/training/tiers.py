@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from aevb._compiler import can_compile, compiled
-from aevb.config import InputError, TrainConfig
+from aevb.config import InputError, Precision, TrainConfig
 from aevb.training.step import Step
 from aevb.training.updates import update_eagerly, update_traced
 
-__all__ = ["Tier", "Tiers", "wanted_tier"]
+__all__ = ["Tier", "Tiers", "products", "wanted_tier"]
 
 _log = logging.getLogger("aevb")
 
@@ -32,10 +32,11 @@ or the tier, and with it the rounding, would depend on how busy the machine is."
 
 def wanted_tier(config: TrainConfig, vae: nn.Module, batch_size: int) -> Tier:
     """The tier to begin in, decided by the settings and the size of the model alone."""
+    best: Tier = "whole" if config.shards == 1 else "loss"  # a batch in parts is updated by once they are summed
     if config.compile != "auto":
-        return "whole" if config.compile else "eager"
+        return best if config.compile else "eager"
     flops = 6 * sum(p.numel() for p in vae.parameters()) * batch_size * config.samples
-    return "whole" if config.steps * (_STEP_SECONDS + flops / _FLOP_RATE) > _WORTH_SECONDS else "eager"
+    return best if config.steps * (_STEP_SECONDS + flops / _FLOP_RATE) > _WORTH_SECONDS else "eager"
 
 
 @final
@@ -120,6 +121,18 @@ class Tiers:
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
+
+
+@contextlib.contextmanager
+def products(precision: Precision) -> Iterator[None]:
+    """Matrix products of a precision; torch takes float32 ones where the processor has no units for bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    if precision == "bfloat16":
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _unguarded() -> contextlib.AbstractContextManager[Any]:
