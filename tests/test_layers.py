@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluate", "checkpoint", "factors"},
     {"training"},
     {"data"},
-    {"apps.summary", "apps.progress"},
+    {"apps.summary", "apps.progress", "apps.loggers"},
     {"apps.diagnoses"},
     {"apps.check", "apps.estimator", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
     {"apps.tables", "apps.train"},

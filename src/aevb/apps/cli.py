@@ -20,6 +20,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
+from aevb.apps.loggers import Tracker
 from aevb.apps.runs import (
     EVALUATION,
     data_of,
@@ -152,6 +153,7 @@ def train(
     schema: _File = None,
     devices: int = 1,
     nodes: int = 1,
+    tracker: tuple[Tracker, ...] = (),
     model: _ModelFlags = _ModelFlags(),  # noqa: B008
     training: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> None:
@@ -172,6 +174,8 @@ def train(
         devices: Processes to start on this machine, which share the --shards of every batch; each with a GPU where
             there are as many. Leave it out, and nodes, under torchrun or srun, whose processes are found.
         nodes: Machines, on each of which this command is started with MASTER_ADDR, MASTER_PORT and NODE_RANK set.
+        tracker: Show the figures of the history in TensorBoard, MLflow or Weights & Biases, too, as they come; each
+            keeps to its own environment variables, and writes into the run's folder where they say nothing.
         model: The model.
         training: The training.
     """
@@ -181,7 +185,7 @@ def train(
         told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
         if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
-        go_on(resume, devices, nodes)
+        go_on(resume, devices, nodes, tracker)
         return
     if not data or out is None:
         raise InputError(
@@ -192,7 +196,7 @@ def train(
     if kinds is not None:
         source["schema"] = kinds.to_json()
     aside = "" if kinds is None else set_aside(kinds)
-    start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, aside)
+    start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, tracker, aside)
 
 
 def evaluate(

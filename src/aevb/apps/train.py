@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aevb.apps.loggers import check_trackers, tracking
 from aevb.apps.progress import steps_done
 from aevb.apps.runs import data_of, load_data, model_config, open_run, rows_for_start
 from aevb.config import InputError, TrainConfig
@@ -24,7 +25,7 @@ class Stopped(Exception):
 
 def start(
     source: dict[str, Any], out: Path, objective: str, model: dict[str, Any], config: TrainConfig,
-    devices: int = 1, nodes: int = 1, told: str = "",
+    devices: int = 1, nodes: int = 1, trackers: Sequence[str] = (), told: str = "",
 ) -> None:  # fmt: skip
     """Train anew, on some processes, and save the run in `out`; says `told` of the data first."""
     import torch
@@ -35,6 +36,7 @@ def start(
 
     if not holds_nothing(out):
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
+    check_trackers(trackers)
     _check_devices(devices, nodes, config)
     data = load_data(source)
     described = model_config(model, data)
@@ -52,8 +54,7 @@ def start(
     if processes.is_writer:
         print(told, end="")
         print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
-    with steps_done(config.steps, quiet=not processes.is_writer) as progress:
-        run = _fit(vae, data, config, objective, out, False, progress, describe, processes)
+    run = _fit(vae, data, config, objective, out, None, trackers, describe, processes)
     if processes.is_writer:
         _tell_end(run)
 
@@ -67,7 +68,7 @@ def _check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
     Processes(size=devices * nodes).parts(config.shards, config.batch_size)
 
 
-def go_on(folder: Path, devices: int = 1, nodes: int = 1) -> None:
+def go_on(folder: Path, devices: int = 1, nodes: int = 1, trackers: Sequence[str] = ()) -> None:
     """Go on with a run that was stopped, as it was begun, on as many processes as may be."""
     import torch
 
@@ -79,36 +80,40 @@ def go_on(folder: Path, devices: int = 1, nodes: int = 1) -> None:
         raise InputError(
             f"`{folder}` is finished, at step {so_far['step']}; there is nothing to go on with. Train anew."
         )
+    check_trackers(trackers)
     _check_devices(devices, nodes, run.config)
     data = data_of(run, None)
     processes = launch(devices, nodes, so_far["device"])
     torch.set_num_threads(so_far["threads"])  # another number would round otherwise
     run.vae.to(so_far["device"])
-    with steps_done(run.config.steps, so_far["step"], quiet=not processes.is_writer) as progress:
-        run = _fit(run.vae, data, run.config, run.data["objective"], folder, True, progress, run.data, processes)
+    objective, step = run.data["objective"], so_far["step"]
+    run = _fit(run.vae, data, run.config, objective, folder, step, trackers, run.data, processes)
     if processes.is_writer:
         _tell_end(run)
 
 
 def _fit(
-    vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, resume: bool,
-    progress: Callable[[dict[str, Any]], None], describe: dict[str, Any], processes: Processes,
+    vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, at: int | None, trackers: Sequence[str],
+    describe: dict[str, Any], processes: Processes,
 ) -> Run:  # fmt: skip
+    """Train, from step `at` of the run in `out` if it is not None; the process that writes shows how far it is."""
     from aevb.checkpoint import holds_nothing
     from aevb.training import fit
 
     told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
+    shown = steps_done(config.steps, config.batch_size, at or 0, quiet=not processes.is_writer)
     try:
-        return fit(
-            vae.to(processes.device),
-            data.training(),
-            config,
-            objective=objective,
-            out=out,
-            resume=resume,
-            progress=progress,
-            describe=describe,
-        )
+        with shown as bar, tracking(trackers if processes.is_writer else (), out) as track:
+            return fit(
+                vae.to(processes.device),
+                data.training(),
+                config,
+                objective=objective,
+                out=out,
+                resume=at is not None,
+                progress=lambda record: (bar(record), track(record))[0],
+                describe=describe,
+            )
     except (KeyboardInterrupt, SystemExit) as stop:
         if holds_nothing(out):
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aevb.config import TrainConfig
 from aevb.training.batches import Dataset, split_rows
+from aevb.training.log import log_to
 from aevb.training.loop import OBJECTIVES, fit
 
-__all__ = ["OBJECTIVES", "Dataset", "TrainConfig", "fit", "split_rows"]
+__all__ = ["OBJECTIVES", "Dataset", "TrainConfig", "fit", "log_to", "split_rows"]

@@ -7,7 +7,7 @@ import io
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -15,7 +15,7 @@ from typing import Any, Self
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
 
-__all__ = ["History", "Interrupt", "dead_dimensions", "told_collapse", "told_dead"]
+__all__ = ["History", "Interrupt", "dead_dimensions", "log_to", "told_collapse", "told_dead"]
 
 _DEAD = 0.01
 """Nats below which a latent dimension, or a node whose KL does not split, carries nothing."""
@@ -75,6 +75,32 @@ def _lines(records: list[dict[str, Any]], columns: tuple[str, ...]) -> bytes:
 def _cell(record: Mapping[str, Any], column: str) -> Any:
     value = record.get(column, "")
     return f"{value:.7g}" if isinstance(value, float) else value
+
+
+def log_to(logger: Any) -> Callable[[dict[str, Any]], None]:
+    """A `progress` for `fit` that hands the figures of each record to a logger, such as those of lightning.
+
+    Args:
+        logger: Has `log_metrics(metrics, step)`, a mapping of names to numbers and the number of steps taken.
+
+    Returns:
+        A function of a record: bound, its terms and the KL of each node in nats a datum, rates, the count of dead
+        dimensions, seconds.
+
+    Example:
+        >>> class Printer:
+        ...     def log_metrics(self, metrics, step):
+        ...         print(step, metrics["bound"], metrics["dead"])
+        >>> log_to(Printer())({"step": 100, "bound": -3.5, "dead": {"z": [0, 4]}, "kl_dims": {"z": [0.0, 0.2]}})
+        100 -3.5 2
+    """
+
+    def log(record: dict[str, Any]) -> None:
+        figures = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        figures["dead"] = sum(map(len, record["dead"].values()))
+        logger.log_metrics(figures, step=record["step"])
+
+    return log
 
 
 class Interrupt:
