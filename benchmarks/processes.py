@@ -7,9 +7,9 @@ Net 784-200-200-z50, bytes in memory, `shards` as many as processes, compiled. O
     t(W) = (A / W) (f + b r) + u + s(W)
 
 where A is the number of parts, b a part's rows, f what a part costs beside its rows, r the time of a row, u the
-update, and s(W) the sum of one flat buffer over the processes. f and r are fitted to one process's steps at the smallest
-and the largest batch, u and s are measured apart; the middle batch and all steps on several processes are then
-predicted. Rounds alternate. It needs as many idle cores as processes.
+update, and s(W) the sum of one flat buffer over the processes. f and r are fitted to one process's steps at the
+smallest and the largest batch, u and s are measured apart; the middle batch and all steps on several processes are
+then predicted. Rounds alternate. It needs as many idle cores as processes.
 """
 
 from __future__ import annotations
