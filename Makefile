@@ -20,7 +20,7 @@ demo: $(READY)
 
 # A process for each core; within each, one thread.
 test: $(READY)
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Warnings are errors; nothing is fetched while it builds.
 docs: export OMP_NUM_THREADS = 1
