@@ -168,6 +168,7 @@ class Mixed(td.Distribution):
             for part in self.parts
             if isinstance(part.family, Codes)
             for i, j in enumerate(part.at.tolist())
+            if self.kinds[j].startswith("categorical")  # the codes of an ordinal column are numbers
         }
 
     def expand(self, batch_shape: _Shape, _instance: object = None) -> Mixed:
