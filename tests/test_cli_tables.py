@@ -5,12 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
+from aevb import InputError
+from aevb.apps.runs import open_run
+from aevb.apps.tables import sample_file
 from test_cli import refuse, succeed
 
 TRAIN = ["--steps", "150", "--hidden", "16", "--latents", "2", "--validate-every", "50", "--log-every", "50"]
@@ -311,3 +315,87 @@ def test_what_cannot_be_shared_out_is_refused(folder, shards, tmp_path, monkeypa
     _placed(monkeypatch, 0, 2)
     told = refuse("encode", folder / "run", folder / "people.csv", "--out", tmp_path / "codes.csv")
     assert "no folder of Parquet files, which is what the 2 processes can share out" in told
+
+
+def test_sample_meets_conditions_in_the_tables_own_types(folder, tmp_path):
+    before = pl.read_csv(folder / "people.csv", try_parse_dates=True)
+    words = ("sample", folder / "run", "-n", 300, "--samples", 20_000, "--seed", 2)
+    given = ["--given", "sex=f", "--given", "age>60", "--given", "born < 1985-01-01", "--given", "smokes=true"]
+    told = succeed(*words, "--out", tmp_path / "a.parquet", *given)
+    assert re.search(r"^log p of the conditions -\d+\.\d\d ± 0\.\d\d nats; 20000 draws are worth \d+ under", told)
+    assert "closest row trained on: 0." in told
+    assert "of 300 rows made" in told
+    made = pl.read_parquet(tmp_path / "a.parquet")
+    assert made.columns == before.columns[1:]  # but the identifier
+    assert made.dtypes == before.dtypes[1:]
+    assert sum(made.null_count().row(0)) == 0
+    assert set(made["sex"]) == {"f"}
+    assert made["smokes"].all()
+    assert made["age"].min() == 61
+    assert made["born"].max() < dt.date(1985, 1, 1)
+    assert made["height"].n_unique() > 290
+    succeed(*words, "--out", tmp_path / "b.parquet", *given)
+    assert made.equals(pl.read_parquet(tmp_path / "b.parquet"))
+
+
+def test_a_condition_changes_what_goes_with_it(tmp_path):
+    """Two columns of one cause, and a day that is written in whole numbers: fixed, and its neighbours bounded."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=1500)
+    days = [dt.date(2000, 1, 1) + dt.timedelta(int(day)) for day in 100 * z + 20 * rng.normal(size=1500)]
+    x, group = z + 0.2 * rng.normal(size=1500), np.where(z > 0.5, "high", "low")
+    pl.DataFrame({"day": days, "x": x, "group": group}).write_csv(tmp_path / "t.csv")
+    words = [*TRAIN, "--steps", "600", "--learning-rate", "0.01"]
+    succeed("train", tmp_path / "t.csv", "--out", tmp_path / "run", *words)
+    run = open_run(tmp_path / "run")
+
+    def draw(name: str, *given: str) -> str:
+        return sample_file(run, tmp_path / name, 400, given, samples=20_000, seed=0, moved=None)[0]
+
+    # A day is an interval, a number a point.
+    assert draw("high.parquet", "day=2000-05-01").startswith("log p of the conditions")
+    assert draw("point.parquet", "x=-1").startswith("log-density of the conditions")
+    high, point = (pl.read_parquet(tmp_path / f"{name}.parquet") for name in ("high", "point"))
+    assert set(high["day"]) == {dt.date(2000, 5, 1)}
+    assert set(point["x"]) == {-1.0}
+    # By the law of (day, x): E[x | day = 121] = 121 * 100 / (100^2 + 20^2), its spread 0.28, and likewise x = -1.
+    assert abs(high["x"].mean() - 1.163) < 0.15
+    assert (high["group"] == "high").mean() > 0.9
+    assert (point["group"] == "low").mean() > 0.98
+    draw("late.csv", "day>=2000-01-01", "day<2000-01-03")
+    assert set(pl.read_csv(tmp_path / "late.csv")["day"]) == {"2000-01-01", "2000-01-02"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["sex=x"], "`sex` is one of f, m; got 'x'"),
+        (["sex>f"], "`sex` holds categories, which have no order"),
+        (["sux=f"], "takes a column of the model"),
+        (["age"], "takes a column of the model"),
+        (["age>"], "takes a column of the model"),
+        (["age>old"], "'old' is no number"),
+        (["born>5"], "'5' is no date"),
+        (["age>60", "age<=60"], "no value of `age` meets all that is given of it"),
+        (["age>90"], "None of 90 draws of the model meets the conditions"),
+        (["smokes=true"], "(the effective sample size), and below 100 rows repeat a few"),
+    ],
+)
+def test_conditions_that_cannot_be_met_are_told(folder, tmp_path, given, told):
+    out = tmp_path / "a.csv"
+    with pytest.raises(InputError, match=re.escape(told)):
+        sample_file(open_run(folder / "run"), out, 5, given, samples=90, seed=0, moved=None)
+    assert not out.exists()
+
+
+def test_rows_are_made_without_the_data_they_were_trained_on(folder, tmp_path):
+    moved, run = tmp_path / "moved.csv", open_run(folder / "run")
+    (folder / "people.csv").rename(moved)
+    try:
+        _, told = sample_file(run, tmp_path / "a.csv", 3, (), samples=1, seed=0, moved=None)
+        assert told.startswith("not compared with the rows trained on: ")
+        _, told = sample_file(run, tmp_path / "b.csv", 3, (), samples=1, seed=0, moved=str(moved))
+        assert "of 3 rows made" in told
+        assert "of 16 rows held out" in told
+    finally:
+        moved.rename(folder / "people.csv")

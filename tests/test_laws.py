@@ -292,17 +292,19 @@ def mixed_ordinals(module: nn.Module, out: np.ndarray) -> Oracle:
     """From -2 to 5: location and scale of each column stand side by side."""
     loc, raw = out.reshape(D, 2).T
     rounded = stats.logistic(3.5 * (1 + loc), 3.5 * softplus(raw) + 0.005)
-    return Entries(
-        Shifted(np.diff(rounded.cdf(np.array([-np.inf, *(np.arange(7) + 0.5), np.inf])[:, None]), axis=0), -2)
-    )
+    mass = np.diff(rounded.cdf(np.array([-np.inf, *(np.arange(7) + 0.5), np.inf])[:, None]), axis=0)
+    mass = mass * np.exp(module.heap_0.detach().numpy().T)
+    return Entries(Shifted(mass / mass.sum(0), -2))
 
 
 def mixed_counts(module: nn.Module, out: np.ndarray) -> Oracle:
+    """Mean and chance of zero of each column stand side by side."""
     theta = np.exp(module.log_theta.detach().numpy())
-    return Entries(stats.nbinom(theta, theta / (theta + np.exp(out))))
+    log_mean, zero = out.reshape(D, 2).T
+    return Entries(ZeroInflated(1 / (1 + np.exp(-zero)), stats.nbinom(theta, theta / (theta + np.exp(log_mean)))))
 
 
-def mixed(*kinds: str, **units: Tensor) -> Mixed:
+def mixed(*kinds: str, **units: Any) -> Mixed:
     return Mixed(net(Mixed.width(kinds)), kinds, **units)
 
 
@@ -374,7 +376,11 @@ CASES = {
         lambda: mixed("categorical:4", "categorical:4"), (3,), mixed_codes, tuple(range(4)), (0.5, -1.0, 4.0)
     ),
     "Mixed, ordinals": Case(
-        lambda: mixed("ordinal:-2:5", "ordinal:-2:5"), (3,), mixed_ordinals, tuple(range(-2, 6)), (6.0, -3.0, 2.5)
+        lambda: mixed("ordinal:-2:5", "ordinal:-2:5", heaps={0: torch.randn(8), 1: torch.randn(8)}),
+        (3,),
+        mixed_ordinals,
+        tuple(range(-2, 6)),
+        (6.0, -3.0, 2.5),
     ),
     "Mixed, counts": Case(lambda: mixed("count", "count"), (3,), mixed_counts, tuple(range(500)), COUNTS),
     "Mixed, continuous, units": Case(

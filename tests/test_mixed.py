@@ -52,6 +52,8 @@ def alone(made: Mixed, j: int) -> Mixed:
             one.raw_noise.copy_(made.raw_noise[len(same)])  # KINDS names each once, in the order of first mention
         if hasattr(one, "log_theta"):
             one.log_theta.copy_(made.log_theta)
+        if hasattr(one, "heap_0"):  # the sixth kind in order of first mention
+            one.heap_0.copy_(made.heap_5)
     return one
 
 
@@ -101,6 +103,24 @@ def test_a_density_cannot_narrow_below_the_step_of_its_values():
     with torch.no_grad():
         d.raw_noise.fill_(-1000.0)
     assert float(d(torch.zeros(1)).log_prob(torch.zeros(1)).detach()) + math.log(step) < math.log(0.4)
+
+
+def test_an_ordinal_column_starts_between_its_shares_and_a_smooth_law():
+    """Rows enough, and the spike at 40 is there from the first; a few rows keep near the rounded logistic."""
+    torch.manual_seed(0)
+    heaped = torch.where(torch.rand(20_000) < 0.4, 40.0, 1 + 98 * torch.rand(20_000)).round()
+    for rows, share in ((20_000, 0.38), (20, 0.05)):
+        x = torch.stack([heaped[:rows], torch.randn(rows)], 1)
+        config = ModelConfig(features=2, likelihood="mixed", kinds=("ordinal:1:99", "continuous"), latents=1)
+        vae = aevb.build_vae(config, x)
+        with torch.no_grad():
+            vae.p.conditional("x").net.last.weight.zero_()
+            family = vae.p.distribution("x", {"z": torch.zeros(1, 1)}).base_dist.parts[0].family
+        level = torch.bincount(x[:, 0].long(), minlength=100)[1:]
+        smooth = (family.logits - vae.p.conditional("x").heap_0).softmax(-1).detach()
+        exact = (level + 5 * 99 * smooth) / (rows + 5 * 99)
+        torch.testing.assert_close(family.probs, exact.reshape(family.probs.shape))
+        assert (float(family.probs[0, 0, 39]) > share) == (rows > 100)
 
 
 def test_training_does_not_chase_ties():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from aevb.conditionals import (
     VampPrior,
     ZeroInflatedNegativeBinomial,
 )
+from aevb.conditionals.mixed import log_levels
 from aevb.config import InputError, Kind, ModelConfig
 from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
 from aevb.nets import MLP, Columns, Holes, Standardize
@@ -72,6 +73,7 @@ class _Start:
     rows: Tensor | None  # (N, features), holes filled with the mean
     bias: Tensor | None = None  # what the decoder says first of a table's columns
     resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
+    heaps: dict[int, Tensor] = field(default_factory=dict)  # of ordinal columns, log-weights of their levels
 
 
 def _bernoulli(config: ModelConfig, start: _Start) -> nn.Module:
@@ -132,7 +134,7 @@ def _discretized_logistic(config: ModelConfig, start: _Start) -> nn.Module:
 def _mixed(config: ModelConfig, start: _Start) -> nn.Module:
     net = _decoder(config, Mixed.width(config.kinds), start.bias)
     resolution = torch.zeros(config.features) if start.resolution is None else start.resolution
-    return Mixed(net, config.kinds, start.mean, start.scale, resolution)
+    return Mixed(net, config.kinds, start.mean, start.scale, resolution, start.heaps)
 
 
 LIKELIHOODS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
@@ -283,7 +285,7 @@ def _start(config: ModelConfig, x: Tensor | None) -> _Start:
 def _table_start(config: ModelConfig, x: Tensor) -> _Start:
     """Column by column: the marginal distribution, as the decoder is to tell it first."""
     mean, scale, step = (torch.zeros(config.features, dtype=torch.float64) for _ in range(3))
-    bias = []
+    bias, heaps = [], {}
     for j, text in enumerate(config.kinds):
         kind, values = Kind.parse(text), x[:, j].to(torch.float64)
         values = values[~values.isnan()]
@@ -300,10 +302,26 @@ def _table_start(config: ModelConfig, x: Tensor) -> _Start:
             step[j] = _step(link)
         scale[j] = torch.where(scale[j] > 0, scale[j], 1.0)
         bias.append(_first_bias(kind, values))
+        if kind.name == "ordinal":
+            heaps[j] = _heap(kind, values, bias[-1])
     dtype = torch.get_default_dtype()
     return _Start(
-        mean=mean.to(dtype), scale=scale.to(dtype), rows=None, bias=torch.cat(bias).to(dtype), resolution=step.to(dtype)
-    )
+        mean=mean.to(dtype), scale=scale.to(dtype), rows=None, bias=torch.cat(bias).to(dtype),
+        resolution=step.to(dtype), heaps=heaps,
+    )  # fmt: skip
+
+
+_PSEUDO = 5.0
+"""Rows a level that the smooth law of an ordinal column is worth at first: a short table keeps near it."""
+
+
+def _heap(kind: Kind, values: Tensor, heads: Tensor) -> Tensor:
+    """Log-weights of levels: the marginal distribution over the rounded logistic at `heads`, shrunk to equal ones."""
+    counts = torch.bincount((values - kind.low).long(), minlength=kind.values)
+    smooth = log_levels(kind, heads.double()).exp()
+    prior = _PSEUDO * kind.values
+    share = (counts + prior * smooth) / (len(values) + prior)
+    return (share.log() - smooth.log()).clamp(-10, 10)
 
 
 def _first_bias(kind: Kind, values: Tensor) -> Tensor:
@@ -317,7 +335,11 @@ def _first_bias(kind: Kind, values: Tensor) -> Tensor:
         half = 0.5 * (kind.values - 1)
         scale = (values.std(correction=0) * 3**0.5 / math.pi).clamp(min=0.3) / half
         return torch.stack([(values.mean() - kind.low) / half - 1, scale.expm1().log()])
-    return _log(values.mean()).reshape(1) if kind.name == "count" else values.new_zeros(1)
+    if kind.name == "count":  # zeros beyond what a Poisson of this mean would have
+        mean, zeros = values.mean(), (values == 0).double().mean()
+        excess = ((zeros - (-mean).exp()) / (1 - (-mean).exp()).clamp(min=1e-3)).clamp(1e-3, 0.999)
+        return torch.stack([_log(mean / (1 - excess)), torch.logit(excess)])
+    return values.new_zeros(1)
 
 
 def _step(values: Tensor) -> Tensor:

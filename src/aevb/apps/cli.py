@@ -44,6 +44,7 @@ _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
 _Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{ais,gaps,information,calibration,checks}")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
 _File = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+_Given = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="CONDITION")]
 _Columns = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=KIND")]
 
 
@@ -278,29 +279,37 @@ def _print_summary(summary: Summary, as_json: bool) -> None:
         print("\n".join(summary.lines()))
 
 
-def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed: int = 0) -> None:
-    """Draw new rows from a run's model, p(z) p(x | z).
+def sample(
+    run: Annotated[Path, tyro.conf.Positional],
+    n: _Rows,
+    out: Path,
+    given: _Given = (),
+    samples: int = 100_000,
+    seed: int = 0,
+    data: str | None = None,
+) -> None:
+    """Draw new rows from a run's model, p(z) p(x | z), or, with --given, from p(x | what is given).
+
+    Conditions are met by importance resampling; the effective sample size tells how many draws the rows rest on. How
+    near rows come to those trained on is told beside the same of rows held out.
 
     Args:
         run: Folder of the run.
         n: Rows to draw.
         out: File to write: .csv or .parquet; .npy where all columns are of one kind.
+        given: A condition on a column, as sex=F or "age>60"; may be repeated.
+        samples: Draws from which rows that meet the conditions are picked.
         seed: Key of the draws.
+        data: Where the data are now, if they have moved since training.
     """
-    import torch
-
-    from aevb.apps.tables import written
+    from aevb.apps.tables import sample_file
     from aevb.data import check_destination
 
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}. Give the number of rows to draw.")
     found = open_run(run)
     check_destination(out, tables=schema_of(found) is not None)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        x = found.vae.p.sample(n)["x"]
-    written(out, found, x)
-    print(f"{n} rows written to {out}")
+    print("\n".join(sample_file(found, out, n, given, samples=samples, seed=seed, moved=data)))
 
 
 def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro.conf.Positional], out: Path) -> None:

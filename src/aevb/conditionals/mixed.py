@@ -2,7 +2,7 @@ r"""The likelihood of a table's row: one family for each column, by what the col
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import torch
@@ -15,7 +15,7 @@ from aevb.conditionals.form import check_out, check_width, independent
 from aevb.config import InputError, Kind
 from aevb.distributions import Codes, LogNormal, Together
 
-__all__ = ["Mixed"]
+__all__ = ["Mixed", "log_levels"]
 
 
 @final
@@ -27,10 +27,11 @@ class Mixed(nn.Module):
 
     - `binary`: Bernoulli, :math:`u_j` its logit.
     - `categorical:C`: codes 0, ..., C - 1, :math:`u_j` the C logits.
-    - `ordinal:LOW:HIGH`: a logistic rounded to whole numbers, :math:`u_j` its location and scale (see
-      `DiscretizedLogistic`). A mass: unlike a density it cannot grow without limit on repeated values.
-    - `count`: negative binomial, :math:`u_j = \log \mu_j`, with a learned inverse dispersion; it comes near the Poisson
-      where the counts do, and needs no largest count.
+    - `ordinal:LOW:HIGH`: :math:`p_j(k) \propto e^{b_{jk}} \ell_j(k)`, a logistic rounded to whole numbers,
+      :math:`u_j` its location and scale (see `DiscretizedLogistic`), times a learned weight of each level, since
+      answers heap: forty hours, round ages. A mass: unlike a density it cannot grow without limit on repeated values.
+    - `count`: zero-inflated negative binomial, :math:`u_j = (\log \mu_j, \operatorname{logit} \pi_j)`, with a learned
+      inverse dispersion; it comes near the Poisson where the counts do, and needs no largest count.
     - `continuous`: :math:`N(m_j + s_j u_j,\, \sigma_j^2)`, :math:`\sigma_j = r_j + s_j \operatorname{softplus}(\rho_j)`
       with a learned :math:`\rho_j`. The floor :math:`r_j`, the column's resolution, is the step of its values: with
       :math:`\sigma_j \ge r_j` a value's density times its step stays below 0.4, so that columns with ties cannot buy
@@ -43,6 +44,7 @@ class Mixed(nn.Module):
         loc: m, for continuous and positive columns; a number or `(P,)`, of which other columns' entries are not used.
         scale: s > 0, likewise.
         resolution: r >= 0, likewise.
+        heaps: First b by the position of ordinal columns, `(levels,)` each; zeros where none is given.
 
     Values are `(N, P)`, one number a column, categories as codes, NaN for missing: a missing entry is integrated out
     exactly, by leaving its factor out.
@@ -68,6 +70,7 @@ class Mixed(nn.Module):
         loc: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
         resolution: Tensor | float = 0.0,
+        heaps: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.kinds = tuple(kinds)
@@ -92,6 +95,9 @@ class Mixed(nn.Module):
             heads = starts[at].unsqueeze(-1) + torch.arange(kind.heads)
             self.register_buffer(f"_at_{i}", torch.tensor(at), persistent=False)  # (M,) columns
             self.register_buffer(f"_heads_{i}", heads.flatten(), persistent=False)  # (M * heads,) of the net's output
+            if kind.name == "ordinal":
+                given = [(heaps or {}).get(j, torch.zeros(kind.values)) for j in at]
+                self.register_parameter(f"heap_{i}", nn.Parameter(torch.stack(given).to(dtype)))
         order = torch.tensor([j for at in groups.values() for j in at]).argsort()
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("_low", torch.tensor([float(kind.low) for kind in parsed], dtype=dtype), persistent=False)
@@ -124,9 +130,11 @@ class Mixed(nn.Module):
                 real = kind.name == "continuous"
                 family = td.Normal(loc, sigma, validate_args=False) if real else LogNormal(loc, sigma)
             elif kind.name == "count":
-                family = distributions.NegativeBinomial(heads[..., 0], self.log_theta)
+                family = distributions.ZeroInflatedNegativeBinomial(heads[..., 0], self.log_theta, heads[..., 1])
+            elif kind.name == "ordinal":
+                family = Codes(getattr(self, f"heap_{i}") + log_levels(kind, heads))
             else:
-                family = _FINITE[kind.name](kind, heads)
+                family = Codes(heads) if kind.name == "categorical" else _binary(heads)
             parts.append(Together(at, family, kind.low))
         return independent(distributions.Mixed(parts, self._filler(), self.order, self.kinds))
 
@@ -141,26 +149,19 @@ class Mixed(nn.Module):
         return filler
 
 
-def _binary(kind: Kind, heads: Tensor) -> td.Distribution:
-    return distributions.Bernoulli(logits=heads[..., 0], validate_args=False)
-
-
-def _categorical(kind: Kind, heads: Tensor) -> td.Distribution:
-    return Codes(heads)
-
-
-def _ordinal(kind: Kind, heads: Tensor) -> td.Distribution:
+def log_levels(kind: Kind, heads: Tensor) -> Tensor:
+    """Log-mass of each level of a rounded logistic, `(*, levels)`, from its location and scale, `(*, 2)`."""
     half = 0.5 * (kind.values - 1)
     # As in `DiscretizedLogistic`: a two-hundredth of a level, below which scales tell no two levels apart.
     loc, scale = half * (1 + heads[..., :1]), half * F.softplus(heads[..., 1:]) + 0.005
-    return distributions.DiscretizedLogistic(loc, scale, torch.zeros_like(loc), kind.values)
+    loc, scale = loc.unsqueeze(-2), scale.unsqueeze(-2)
+    logistic = distributions.DiscretizedLogistic(loc, scale, torch.zeros_like(loc), kind.values)
+    return logistic.log_prob(torch.arange(kind.values, dtype=heads.dtype, device=heads.device))
+
+
+def _binary(heads: Tensor) -> td.Distribution:
+    return distributions.Bernoulli(logits=heads[..., 0], validate_args=False)
 
 
 _REAL = ("continuous", "positive")
 """Kinds with a density in the units of the column; the others have masses."""
-_FINITE: dict[str, Callable[[Kind, Tensor], td.Distribution]] = {
-    "binary": _binary,
-    "categorical": _categorical,
-    "ordinal": _ordinal,
-}
-"""Kind with finitely many values to its family, from the net's output `(*, M, heads)`."""

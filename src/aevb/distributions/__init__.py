@@ -1,5 +1,6 @@
 """What torch.distributions lacks: drawing with the density, keyed noise, densities with holes, closed-form KLs."""
 
+from aevb.distributions.between import between
 from aevb.distributions.density import base_of, check_factorizes, entries_log_prob, log_prob, support_violation
 from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
@@ -36,6 +37,7 @@ __all__ = [
     "Together",
     "ZeroInflatedNegativeBinomial",
     "base_of",
+    "between",
     "check_factorizes",
     "closed_kl",
     "count_states",

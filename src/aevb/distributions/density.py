@@ -9,7 +9,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.distributions.families import Bernoulli
 
-__all__ = ["base_of", "check_factorizes", "entries_log_prob", "log_prob", "support_violation"]
+__all__ = ["base_of", "check_factorizes", "entries_log_prob", "log_prob", "support_filler", "support_violation"]
 
 
 def base_of(d: td.Distribution) -> td.Distribution:
@@ -56,7 +56,7 @@ def entries_log_prob(base: td.Distribution, value: Tensor, known: Tensor) -> Ten
         value: Anything, NaN included, where `known` is false.
         known: True where `value` is given.
     """
-    return torch.where(known, base.log_prob(torch.where(known, value, _filler(base))), 0.0)
+    return torch.where(known, base.log_prob(torch.where(known, value, support_filler(base))), 0.0)
 
 
 def check_factorizes(d: td.Distribution, known: Tensor) -> None:
@@ -71,7 +71,7 @@ def check_factorizes(d: td.Distribution, known: Tensor) -> None:
         )
 
 
-def _filler(base: td.Distribution) -> float | Tensor:
+def support_filler(base: td.Distribution) -> float | Tensor:
     """A value inside the support of every entry, found without reading a tensor (this runs inside compiled steps)."""
     support = base.support
     if hasattr(support, "filler"):  # columns of different families have one each
@@ -95,7 +95,7 @@ def support_violation(d: td.Distribution, value: Tensor) -> tuple[int, ...] | No
     support = base.support
     if isinstance(support, td.constraints.independent):  # which tells the row, not the entry
         support = support.base_constraint
-    inside = support.check(torch.where(value.isnan(), _filler(base), value))  # type: ignore[union-attr]
+    inside = support.check(torch.where(value.isnan(), support_filler(base), value))  # type: ignore[union-attr]
     # Bounds that are tensors carry the leading axes of `d`, all ones.
     inside = inside.reshape(inside.shape[max(0, inside.ndim - value.ndim) :])
     if bool(inside.all()):

@@ -106,10 +106,11 @@ class LogNormal(td.Distribution):
 
     def sample(self, sample_shape: _Shape = _NO_SHAPE) -> Tensor:
         """Positive values `(*sample_shape, *batch)`."""
-        # A draw that overflows, or vanishes, would leave the support.
-        least, most = torch.finfo(self.log.loc.dtype).tiny, torch.finfo(self.log.loc.dtype).max
-        drawn: Tensor = self.log.sample(torch.Size(sample_shape)).exp()
-        return drawn.clamp(least, most)
+        return self.bounded(self.log.sample(torch.Size(sample_shape)).exp())
+
+    def bounded(self, value: Tensor) -> Tensor:
+        """A draw that overflows, or vanishes, would leave the support."""
+        return value.clamp(torch.finfo(value.dtype).tiny, torch.finfo(value.dtype).max)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, elementwise."""
@@ -152,12 +153,12 @@ class Mixed(td.Distribution):
     @property
     def mean(self) -> Tensor:
         """Expected entries; of a category, that of its code, for which `states` is the better answer."""
-        return self._in_order([part.family.mean + part.lowest for part in self.parts])
+        return self.in_order([part.family.mean + part.lowest for part in self.parts])
 
     @property
     def variance(self) -> Tensor:
         """Of each entry; of a category, that of its code."""
-        return self._in_order([part.family.variance for part in self.parts])
+        return self.in_order([part.family.variance for part in self.parts])
 
     @property
     def states(self) -> dict[int, Tensor]:
@@ -167,6 +168,7 @@ class Mixed(td.Distribution):
             for part in self.parts
             if isinstance(part.family, Codes)
             for i, j in enumerate(part.at.tolist())
+            if self.kinds[j].startswith("categorical")  # the codes of an ordinal column are numbers
         }
 
     def expand(self, batch_shape: _Shape, _instance: object = None) -> Mixed:
@@ -178,15 +180,16 @@ class Mixed(td.Distribution):
     def sample(self, sample_shape: _Shape = _NO_SHAPE) -> Tensor:
         """Entries `(*sample_shape, *batch)`."""
         with torch.no_grad():
-            return self._in_order([part.family.sample(torch.Size(sample_shape)) + part.lowest for part in self.parts])
+            return self.in_order([part.family.sample(torch.Size(sample_shape)) + part.lowest for part in self.parts])
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density or log-mass of each entry in nats."""
-        return self._in_order(
+        return self.in_order(
             [part.family.log_prob(value.index_select(-1, part.at) - part.lowest) for part in self.parts]
         )
 
-    def _in_order(self, found: list[Tensor]) -> Tensor:
+    def in_order(self, found: list[Tensor]) -> Tensor:
+        """What was found of the entries of each part, `(*, M)`, as one of all entries, `(*, P)`."""
         lead = torch.broadcast_shapes(*(each.shape[:-1] for each in found))
         joined = torch.cat([each.expand(lead + each.shape[-1:]) for each in found], -1)
         return joined.index_select(-1, self.order)
@@ -203,7 +206,7 @@ class _Supports(td.constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         """Whether each entry is inside."""
         d = self.d
-        return d._in_order(
+        return d.in_order(
             [
                 part.family.support.check(value.index_select(-1, part.at) - part.lowest)  # type: ignore[union-attr]
                 for part in d.parts

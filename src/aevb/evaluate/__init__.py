@@ -2,7 +2,9 @@
 
 from aevb.evaluate.annealing import Annealed, Bracket, ais, bidirectional, reverse_ais
 from aevb.evaluate.calibration import Calibration, simulation_based_calibration
+from aevb.evaluate.closeness import distance_to_closest
 from aevb.evaluate.comparison import Comparison, compare
+from aevb.evaluate.conditioning import Conditioned, sample_given
 from aevb.evaluate.entries import Surprisal, surprisal
 from aevb.evaluate.gaps import Gaps, inference_gaps
 from aevb.evaluate.imputation import Imputation, impute
@@ -16,6 +18,7 @@ __all__ = [
     "Bracket",
     "Calibration",
     "Comparison",
+    "Conditioned",
     "Gaps",
     "Imputation",
     "Information",
@@ -27,6 +30,7 @@ __all__ = [
     "ais",
     "bidirectional",
     "compare",
+    "distance_to_closest",
     "impute",
     "inference_gaps",
     "information",
@@ -34,6 +38,7 @@ __all__ = [
     "pareto_k",
     "predictive_check",
     "reverse_ais",
+    "sample_given",
     "simulation_based_calibration",
     "surprisal",
 ]
