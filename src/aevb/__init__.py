@@ -68,7 +68,18 @@ if TYPE_CHECKING:
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-    from aevb.nets import MLP, Columns, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
+    from aevb.nets import (
+        MLP,
+        Columns,
+        ConvNet,
+        Fixed,
+        Holes,
+        LogTotal,
+        ParametricMLP,
+        Rows,
+        Standardize,
+        TransposedConvNet,
+    )
     from aevb.training import fit
 
 _HOMES = {
@@ -160,6 +171,7 @@ _HOMES = {
         "ConvNet",
         "Fixed",
         "Holes",
+        "LogTotal",
         "MLP",
         "ParametricMLP",
         "Rows",
@@ -204,6 +216,7 @@ __all__ = [
     "InverseAutoregressiveFlow",
     "LadderNormal",
     "LearnedNormal",
+    "LogTotal",
     "Marginal",
     "Mixed",
     "MixtureOfNormals",

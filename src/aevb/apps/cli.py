@@ -25,6 +25,7 @@ from aevb.apps.runs import (
     data_of,
     diagnose_run,
     evaluate_run,
+    in_parts,
     judged,
     open_run,
     rows_of_file,
@@ -98,6 +99,9 @@ def _model_flags() -> type:
                 " auto: mixed for a table whose columns have names; else counts with a known limit, zeros and ones, or "
                 "real values, as the data are."
             )
+        if field.name == "library":
+            kind, default = Literal["auto", *get_args(kind)], "auto"
+            told[field.name] += " auto: observed for a sparse matrix, else none."
         if field.name == "total_count":
             metavar = "INT"
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
@@ -148,6 +152,7 @@ def train(
     objective: Literal["elbo", "iwae"] = "elbo",
     binarize: Literal["none", "static", "epoch"] = "none",
     drop_constant: bool = False,
+    layer: str = "",
     column: _Columns = (),
     schema: _File = None,
     model: _ModelFlags = _ModelFlags(),  # noqa: B008
@@ -159,12 +164,13 @@ def train(
     `aevb inspect`, and given likelihoods of their own. With --likelihood or --binarize all entries are of one kind.
 
     Args:
-        data: `digits`, a .npy, .npz, .csv, .parquet or IDX file, or a folder of the four MNIST files.
+        data: `digits`, a .npy, .npz, .csv, .parquet, .h5ad or IDX file, or a folder of the four MNIST files.
         out: Folder of the new run.
         resume: Folder of a run that was stopped: go on with it as it was begun. Needs neither DATA nor --out.
         objective: Bound to maximise; iwae uses --samples draws.
         binarize: Draw black or white from grey values: once, or anew each time they are used.
         drop_constant: Leave out columns that hold one value only.
+        layer: Of an AnnData file, the layer to read in place of X, or `raw`.
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
         model: The model.
@@ -173,8 +179,8 @@ def train(
     from aevb.apps.tables import kinds_of, set_aside
 
     if resume is not None:
-        told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
-        if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
+        told = (data, out, objective, binarize, drop_constant, layer, column, schema, model, training)
+        if told != ("", None, "elbo", "none", False, "", (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         go_on(resume)
         return
@@ -184,6 +190,8 @@ def train(
         )
     kinds = kinds_of(data, column, schema, model.likelihood, binarize)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
+    if layer:
+        source["layer"] = layer
     if kinds is not None:
         print(set_aside(kinds), end="", flush=True)
         source["schema"] = kinds.to_json()
@@ -280,6 +288,7 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
     """
     import torch
 
+    from aevb.apps.summary import sizes
     from aevb.apps.tables import written
     from aevb.data import check_destination
 
@@ -289,7 +298,7 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
     check_destination(out, tables=schema_of(found) is not None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        x = found.vae.p.sample(n)["x"]
+        x = found.vae.p.sample(n, sizes(found.vae, n))["x"]
     written(out, found, x)
     print(f"{n} rows written to {out}")
 
@@ -297,27 +306,41 @@ def sample(run: Annotated[Path, tyro.conf.Positional], n: _Rows, out: Path, seed
 def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro.conf.Positional], out: Path) -> None:
     """Write mean and standard deviation of q(z | x) for each row of DATA.
 
+    From .h5ad to .h5ad the file is copied, with means in `.obsm["X_aevb"]` and standard deviations in
+    `.obsm["X_aevb_std"]` (of further latent nodes with their names behind).
+
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet or IDX.
-        out: File to write: .npy, .csv or .parquet.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .h5ad or IDX.
+        out: File to write: .npy, .csv or .parquet; .h5ad for one.
     """
     import torch
 
     from aevb.bounds import evaluating, prepare
-    from aevb.data import check_destination, write_rows
+    from aevb.data import check_destination, write_h5ad, write_rows
 
-    check_destination(out)
+    check_destination(out, source=data)
     found = open_run(run)
+
+    def look(rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes: dict[str, torch.Tensor] = {}
+        for node, d in found.vae.posterior(prepare(found.vae, {"x": rows})).items():
+            for name, value in (("mean", d.mean), ("std", d.stddev)):
+                codes |= {f"{node}{j + 1}_{name}": value[:, j] for j in range(value.shape[1])}
+        return codes
+
     with evaluating(found.vae):
-        posterior = found.vae.posterior(prepare(found.vae, {"x": rows_of_file(found, data)}))
-    parts, columns = [], []
-    for node, d in posterior.items():
-        for name, value in (("mean", d.mean), ("std", d.stddev)):
-            parts.append(value)
-            columns += [f"{node}{j + 1}_{name}" for j in range(value.shape[1])]
-    write_rows(out, torch.cat(parts, 1).numpy(), columns)
-    print(f"{len(parts[0])} rows, {len(columns)} columns written to {out}")
+        codes = in_parts(rows_of_file(found, data), look)
+    if out.suffix.lower() == ".h5ad":
+        obsm: dict[str, Any] = {}
+        for name, value in codes.items():
+            node, spread = name.split("_")[0].rstrip("0123456789"), name.endswith("_std")
+            key = "X_aevb" + ("" if node == "z" else f"_{node}") + ("_std" if spread else "")
+            obsm.setdefault(key, []).append(value)
+        write_h5ad(Path(data), out, obsm={key: torch.stack(parts, 1).numpy() for key, parts in obsm.items()})
+    else:
+        write_rows(out, torch.stack(list(codes.values()), 1).numpy(), list(codes))
+    print(f"{len(next(iter(codes.values())))} rows, {len(codes)} columns written to {out}")
 
 
 def impute(
@@ -364,8 +387,8 @@ def score(
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX.
-        out: File to write: .npy, .csv or .parquet.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow, .h5ad or IDX.
+        out: File to write: .npy, .csv or .parquet; from .h5ad also a copy of it, with the figures in `.obs`.
         by_column: Write -log p of each entry given the others of its row, too, with its standard error.
         top: Show so many rows that the model finds least likely, and what in them surprises it most.
         samples: Importance samples a row.

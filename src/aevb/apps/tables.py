@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aevb.apps.progress import rows_done
-from aevb.apps.runs import pixels, rows_of_file, schema_of
+from aevb.apps.runs import in_parts, marginal_of, pixels, rows_of_file, schema_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Summary
     from aevb.checkpoint import Run
-    from aevb.data import Schema
+    from aevb.data import Schema, SparseRows
     from aevb.evaluate import Marginal, Surprisal
 
 __all__ = ["impute_file", "inspected", "kinds_of", "print_schema", "score_file", "set_aside", "written"]
@@ -127,8 +127,8 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     from aevb.evaluate import impute
 
     rows = rows_of_file(run, path)
-    holes = int(rows.isnan().sum()) if rows.is_floating_point() else 0
-    if not holes:
+    holes = int(rows.isnan().sum()) if isinstance(rows, torch.Tensor) and rows.is_floating_point() else 0
+    if not isinstance(rows, torch.Tensor) or not holes:
         raise InputError(f"`{path}` has no missing entry in the model's columns. There is nothing to fill in.")
     found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
     sets = list(found.draws["x"]) if draws else [found.mean["x"]]
@@ -184,29 +184,40 @@ def score_file(
     import torch
 
     from aevb.apps.summary import summarize
-    from aevb.data import check_destination, write_rows
-    from aevb.evaluate import log_marginal, surprisal
+    from aevb.data import check_destination, write_h5ad, write_rows
+    from aevb.evaluate import Surprisal, surprisal
 
     if out is not None:
-        check_destination(out)
+        check_destination(out, source=path)
     rows, found = rows_of_file(run, path), None
     with rows_done("scoring", len(rows), quiet=quiet) as progress:
-        marginal = log_marginal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
+        marginal = marginal_of(run.vae, rows, samples, seed=seed, progress=progress)
     if by_column or top:
         with rows_done("scoring columns", len(rows), quiet=quiet) as progress:
-            found = surprisal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
+            settings: dict[str, Any] = {"seed": seed, "progress": progress}
+            found = in_parts(rows, lambda part: surprisal(run.vae, {"x": part}, samples, **settings), Surprisal)
     if out is not None:
         figures = [(name, getattr(marginal, name)) for name in ("log_prob", "std_error", "ess", "pareto_k")]
         if by_column and found is not None:
             for j, name in enumerate(_names(run, rows)):
                 figures += [(f"{name}_nll", found.nll[:, j]), (f"{name}_nll_std_error", found.std_error[:, j])]
-        write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
+        if out.suffix.lower() == ".h5ad":
+            write_h5ad(Path(path), out, obs={f"aevb_{name}": each.numpy() for name, each in figures})
+        else:
+            write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
     told: list[Callable[[], None]] = []
     if top and found is not None:
         told.append(partial(_print, _oddities(run, rows, marginal, found, top)))
-    if rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
+    if isinstance(rows, torch.Tensor) and rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
         told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
-    summary = summarize(run.vae, {"x": rows}, marginal, seed=seed, split=Path(path).name, data=pixels(run))
+    summary = summarize(
+        run.vae,
+        {"x": rows} if isinstance(rows, torch.Tensor) else rows,
+        marginal,
+        seed=seed,
+        split=Path(path).name,
+        data=pixels(run),
+    )
     return summary, told
 
 
@@ -216,11 +227,11 @@ def _print(table: Table) -> None:
     Console(highlight=False).print(table)
 
 
-def _names(run: Run, rows: Tensor) -> list[str]:
+def _names(run: Run, rows: Tensor | SparseRows) -> list[str]:
     return list(run.data.get("columns") or [f"x{j + 1}" for j in range(rows.shape[1])])
 
 
-def _oddities(run: Run, rows: Tensor, marginal: Marginal, found: Surprisal, top: int) -> Table:
+def _oddities(run: Run, rows: Tensor | SparseRows, marginal: Marginal, found: Surprisal, top: int) -> Table:
     """The rows that the model finds least likely, and the columns that are odder there than they mostly are."""
     from aevb.data import decode
 
@@ -231,7 +242,7 @@ def _oddities(run: Run, rows: Tensor, marginal: Marginal, found: Surprisal, top:
         named = []
         for j in excess[row].nan_to_num(-math.inf).argsort(descending=True)[:_COLUMNS].tolist():
             if excess[row, j] > 0:
-                value: Any = f"{float(rows[row, j]):g}"
+                value: Any = f"{float(rows[row : row + 1][0, j]):g}"
                 if schema:
                     value = decode(schema, rows[row : row + 1].numpy())[names[j]][0]
                 named.append(f"{names[j]} = {value} (+{excess[row, j]:.1f} ± {found.std_error[row, j]:.1f})")

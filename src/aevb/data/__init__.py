@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aevb.data.annotated import write_h5ad
 from aevb.data.binary import Binarize, Binarized
 from aevb.data.coding import decode, encode, widened
 from aevb.data.dataset import Data
@@ -10,6 +11,7 @@ from aevb.data.kinds import find_schema
 from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
 from aevb.data.schema import Column, Schema
+from aevb.data.sparse import SparseRows
 from aevb.data.writing import check_destination, write_frame, write_rows
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Column",
     "Data",
     "Schema",
+    "SparseRows",
     "check_destination",
     "decode",
     "encode",
@@ -29,5 +32,6 @@ __all__ = [
     "table_rows",
     "widened",
     "write_frame",
+    "write_h5ad",
     "write_rows",
 ]

@@ -33,7 +33,9 @@ from aevb.training.updates import OptimizerState
 __all__ = ["OBJECTIVES", "fit"]
 
 _log = logging.getLogger("aevb")
-_CHUNK = 8192
+_CHUNK, _ENTRIES = 8192, 2**23
+"""Most rows that are looked at together outside of training, and numbers in them: rows of a sparse matrix are wide, and
+what a model makes of them is several times as large."""
 _MOST_DROPPED = 20
 """Non-finite steps in a row that end a run."""
 
@@ -123,6 +125,8 @@ class _Trainer:
         self.data = data if isinstance(data, Dataset) else Arrays(data)
         self.judged = self.data
         self.training, self.held_out = split_rows(len(self.data), config)
+        width = sum(value[0].numel() for value in self.data.take(torch.zeros(1, dtype=torch.long)).values())
+        self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         if validation is not None:
             self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
             self.training, self.held_out = torch.arange(len(self.data)), torch.arange(len(self.judged))
@@ -171,7 +175,7 @@ class _Trainer:
         holes: set[str] = set()
         digest = hashlib.blake2b(digest_size=16)
         for data in (self.data, *([] if self.judged is self.data else [self.judged])):
-            for indices in torch.arange(len(data)).split(_CHUNK):
+            for indices in torch.arange(len(data)).split(self.chunk):
                 taken = data.take(indices)
                 holes.update(holes_in(prepare(self.vae, taken)))
                 for name in sorted(taken):
@@ -277,7 +281,7 @@ class _Trainer:
         """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
         with self._showing(self.averaged()), evaluating(self.vae):
             total = 0.0
-            for number, indices in enumerate(self.held_out.split(_CHUNK)):
+            for number, indices in enumerate(self.held_out.split(self.chunk)):
                 self._seed("validation", number)
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
