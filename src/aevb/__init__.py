@@ -71,7 +71,18 @@ if TYPE_CHECKING:
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-    from aevb.nets import MLP, Columns, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
+    from aevb.nets import (
+        MLP,
+        Columns,
+        ConvNet,
+        Fixed,
+        Holes,
+        LogTotal,
+        ParametricMLP,
+        Rows,
+        Standardize,
+        TransposedConvNet,
+    )
     from aevb.training import fit
 
 _HOMES = {
@@ -167,6 +178,7 @@ _HOMES = {
         "ConvNet",
         "Fixed",
         "Holes",
+        "LogTotal",
         "MLP",
         "ParametricMLP",
         "Rows",
@@ -212,6 +224,7 @@ __all__ = [
     "InverseAutoregressiveFlow",
     "LadderNormal",
     "LearnedNormal",
+    "LogTotal",
     "Marginal",
     "Mixed",
     "MixtureOfNormals",

@@ -209,7 +209,8 @@ class VAE(nn.Module):
         p: Generative network.
         q: Inference network; may be empty where nothing is latent.
         given: Context that p or q conditions on and neither defines; every input of p is one, so that a misspelt parent
-            is an error.
+            is an error. What a `Deterministic` of q computes of observed nodes alone, such as the sum of a row's
+            counts, p may take as a parent, too: its densities are then those given that value.
         shared: Latent nodes with one value for the whole data set, weights of a net say; their parents are shared, too.
 
     Raises:
@@ -233,6 +234,8 @@ class VAE(nn.Module):
         self.p, self.q = p, q
         self.given = (given,) if isinstance(given, str) else tuple(given)
         self.shared = (shared,) if isinstance(shared, str) else tuple(shared)
+        self.context = self._computed_context()
+        """Inputs of p that q computes of observed nodes."""
         self._check_wiring()
         needs = {node: q.parents[node] for node in q.nodes}
         needs |= {node: p.parents[node] for node in p.nodes if p.computes(node)}
@@ -248,10 +251,22 @@ class VAE(nn.Module):
             self._exact[node] = not descendants & set(p.parents[node])
             self._below[node] = frozenset(descendants - {node})
 
+    def _computed_context(self) -> tuple[str, ...]:
+        inferred = [node for node in self.q.nodes if not self.q.computes(node)]
+        found: list[str] = []
+        for node in self.q.nodes:
+            ancestors = [*self.q.parents[node]]
+            for parent in ancestors:
+                ancestors += [each for each in self.q.parents.get(parent, ()) if each not in ancestors]
+            if node in self.p.inputs and self.q.computes(node) and not set(ancestors) & set(inferred):
+                found.append(node)
+        return tuple(found)
+
     def _check_wiring(self) -> None:
         p, q = self.p, self.q
-        if not set(p.inputs) <= set(self.given) or (unused := set(self.given) - {*p.inputs, *q.inputs}):
-            odd = set(p.inputs) - set(self.given) or unused
+        needed = set(p.inputs) - set(self.context)
+        if not needed <= set(self.given) or (unused := set(self.given) - {*p.inputs, *q.inputs}):
+            odd = needed - set(self.given) or unused
             raise InputError(
                 f"p conditions on {_names(p.inputs)}, but `given` names {_names(self.given)}: {_names(sorted(odd))} is "
                 "in one of them only. Name every input of p as context in `given`, or define the node in p."
@@ -315,7 +330,7 @@ class VAE(nn.Module):
         """Latent nodes, and the computed ones that they or p need, parents first."""
         key = tuple(latent)
         if key not in self._orders:
-            needed = {*latent, *(node for node in self.p.nodes if self.p.computes(node))}
+            needed = {*latent, *self.context, *(node for node in self.p.nodes if self.p.computes(node))}
             for node in reversed(self._order):
                 if node in needed:
                     needed |= {parent for parent in self.home(node).parents[node] if self.computes(parent)}

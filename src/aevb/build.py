@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from aevb.conditionals import (
     Bernoulli,
     BetaBinomial,
     Binomial,
+    Deterministic,
     DiagonalNormal,
     DiscretizedLogistic,
     FullNormal,
@@ -32,22 +34,34 @@ from aevb.conditionals import (
 from aevb.conditionals.mixed import log_levels
 from aevb.config import InputError, Kind, ModelConfig
 from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-from aevb.nets import MLP, Columns, Holes, Standardize
+from aevb.nets import MLP, Columns, Holes, LogTotal, Standardize
 
 __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
 
-def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
+class _Rows(Protocol):
+    """Rows that are made dense a part at a time."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def split(self) -> list[Tensor]: ...
+
+    def __getitem__(self, rows: Tensor, /) -> Tensor: ...
+
+
+def build_vae(config: ModelConfig, x: Tensor | _Rows | None = None) -> VAE:
     r"""The model p(z) p(x | z) with q(z | x) that `config` tells.
 
     Args:
         config: What to build.
         x: Training rows `(N, features)`, NaN for missing. Where given, the likelihood starts at their mean
             (Burda et al., 2016, start the output biases so), the encoder sees them standardised, and pseudo-inputs of
-            a vamp prior start at some of them.
+            a vamp prior start at some of them. `aevb.data.SparseRows` are looked at part by part.
 
     Returns:
-        A model with nodes `z` and `x`; weights from torch's current generator.
+        A model with nodes `z` and `x`, and `library` where the configuration has one; weights from torch's current
+        generator.
 
     Example:
         >>> build_vae(ModelConfig(features=64, likelihood="binomial", total_count=16)).p.keys
@@ -59,7 +73,17 @@ def build_vae(config: ModelConfig, x: Tensor | None = None) -> VAE:
     likelihood = LIKELIHOODS[config.likelihood](config, start)
     posterior = POSTERIORS[config.posterior](config, start)
     prior = PRIORS[config.prior](config, start, posterior)
-    vae = VAE(BayesNet({"z": prior, "x | z": likelihood}), BayesNet({"z | x": posterior}))
+    p: dict[str, nn.Module] = {"z": prior, "x | z": likelihood}
+    q: dict[str, nn.Module] = {"z | x": posterior}
+    if config.library != "none":
+        p = {"z": prior, "x | z, library": likelihood}
+        size = LogTotal(loc=start.size[0], scale=start.size[1])
+        q["library | x"] = Deterministic(size) if config.library == "observed" else _size_of(config, start)
+    if config.library == "latent":
+        sizes = LearnedNormal(1, start.size[1])
+        torch.nn.init.constant_(sizes.loc, start.size[0])
+        p["library"] = sizes
+    vae = VAE(BayesNet(p), BayesNet(q))
     vae.config = config
     return vae
 
@@ -69,11 +93,13 @@ class _Start:
     """What the training rows tell a model before it is trained."""
 
     mean: Tensor  # (features,); of counts and positive columns of a table that of the logarithms
-    scale: Tensor  # (features,), above 0; likewise
-    rows: Tensor | None  # (N, features), holes filled with the mean
+    scale: Tensor  # (features,), above 0; likewise, and of models with a library, whose encoder sees log(1 + x)
+    rows: Tensor | None  # (N, features), holes filled with the mean; in models with a library some of them
+    centre: Tensor | None = None  # (features,), of log(1 + x)
     bias: Tensor | None = None  # what the decoder says first of a table's columns
     resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
     heaps: dict[int, Tensor] = field(default_factory=dict)  # of ordinal columns, log-weights of their levels
+    size: tuple[float, float] = (0.0, 1.0)  # mean and spread of the log of a row's sum
 
 
 def _bernoulli(config: ModelConfig, start: _Start) -> nn.Module:
@@ -119,12 +145,15 @@ def _poisson(config: ModelConfig, start: _Start) -> nn.Module:
 
 def _negative_binomial(config: ModelConfig, start: _Start) -> nn.Module:
     net = _decoder(config, config.features * (2 if config.noise == "datum" else 1), _log(start.mean))
-    return NegativeBinomial(net, config.features, config.noise)
+    return NegativeBinomial(net, config.features, config.noise, library=config.library != "none")
 
 
 def _zero_inflated(config: ModelConfig, start: _Start) -> nn.Module:
     net = _decoder(config, config.features * (3 if config.noise == "datum" else 2), _log(start.mean))
-    return ZeroInflatedNegativeBinomial(net, config.features, config.noise)
+    if config.library != "none" and config.noise != "datum":
+        with torch.no_grad():
+            net.last.bias[config.features :].fill_(_FEW)
+    return ZeroInflatedNegativeBinomial(net, config.features, config.noise, library=config.library != "none")
 
 
 def _discretized_logistic(config: ModelConfig, start: _Start) -> nn.Module:
@@ -151,6 +180,9 @@ LIKELIHOODS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
     "mixed": _mixed,
 }
 """Name of p(x | z) to its maker from the configuration and the training rows."""
+
+_ROWS = 4096
+"""Rows that are summed together."""
 
 _CENTRE = {"mixed": 0.0, "bernoulli": 0.5, "autoregressive": 0.5, "discretized-logistic": 127.5, "normal": 0.0,
            "student-t": 0.0}  # fmt: skip
@@ -230,11 +262,31 @@ def _mlp(config: ModelConfig, inputs: int, hidden: tuple[int, ...], outputs: int
     )  # fmt: skip
 
 
+_FEW = -3.0
+"""Logit of the share of inflated zeros, and raw scale of q(library), with which models of a library begin."""
+
+
+def _size_of(config: ModelConfig, start: _Start) -> nn.Module:
+    """q(library | x): the sum of the row, corrected by a net."""
+    net = _mlp(config, config.features, config.hidden[-1:], 2)
+    with torch.no_grad():
+        net.last.weight.zero_()
+        net.last.bias.copy_(torch.tensor([0.0, _FEW]))
+    return DiagonalNormal(LogTotal(Standardize(net, _centre(start), start.scale, log1p=True)))
+
+
+def _centre(start: _Start) -> Tensor:
+    """What stands for 0 of log(1 + x) in front of a net."""
+    return start.mean.log1p() if start.centre is None else start.centre
+
+
 def _encoder(config: ModelConfig, outputs: int, start: _Start) -> nn.Module:
     if config.kinds:
         net = _mlp(config, Columns.width(config.kinds), config.hidden, outputs)
         return Columns(net, config.kinds, start.mean, start.scale)
     net = _mlp(config, 2 * config.features if config.holes else config.features, config.hidden, outputs)
+    if config.library != "none":
+        return Standardize(net, _centre(start), start.scale, log1p=True)
     return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
 
 
@@ -256,11 +308,13 @@ def _log(mean: Tensor) -> Tensor:
     return mean.clamp(min=1e-4).log()
 
 
-def _start(config: ModelConfig, x: Tensor | None) -> _Start:
+def _start(config: ModelConfig, x: Tensor | _Rows | None) -> _Start:
     if x is None:
         counts = 0.5 * config.total_count if config.total_count is not None else 1.0
         centre = _CENTRE.get(config.likelihood, counts)
         return _Start(mean=torch.full((config.features,), centre), scale=torch.ones(config.features), rows=None)
+    if not isinstance(x, Tensor) or config.library != "none":
+        return _start_in_parts(config, x)
     if config.kinds:
         return _table_start(config, x)
     values = x.to(torch.float64)
@@ -280,6 +334,36 @@ def _start(config: ModelConfig, x: Tensor | None) -> _Start:
     rows = torch.where(values.isnan(), mean, values)
     kind = torch.get_default_dtype()
     return _Start(mean=mean.to(kind), scale=spread.to(kind), rows=rows.to(kind))
+
+
+def _start_in_parts(config: ModelConfig, x: Tensor | _Rows) -> _Start:
+    """As `_start`, in one pass over rows that are not held dense; none has holes."""
+    parts = torch.arange(x.shape[0]).split(_ROWS) if isinstance(x, Tensor) else x.split()
+    sums, totals = torch.zeros(3, config.features, dtype=torch.float64), []
+    for part in parts:
+        values = x[part].to(torch.float64)
+        shown = values.log1p() if config.library != "none" else values
+        sums += torch.stack([values.sum(0), shown.sum(0), shown.square().sum(0)])
+        totals.append(values.sum(1))
+    mean, centre, square = sums / x.shape[0]
+    spread = (square - centre.square()).clamp(min=0.0)
+    own = config.likelihood in ("normal", "student-t")
+    if own and bool((spread == 0).any()):
+        raise InputError(
+            "`x` has constant columns, and the scale of a normal or student-t likelihood would go to zero there. Drop "
+            "them (`--drop-constant`), or choose another likelihood."
+        )
+    scale = spread.sqrt() if own else spread.mean().sqrt().expand_as(mean)
+    sizes = torch.cat(totals).clamp(min=1.0).log()
+    some = torch.randperm(x.shape[0])[: max(1, config.components if config.prior == "vamp" else 1)]
+    dtype = torch.get_default_dtype()
+    return _Start(
+        mean=mean.to(dtype),
+        scale=torch.where(scale == 0, 1.0, scale).to(dtype),
+        rows=x[some].to(dtype),
+        centre=centre.to(dtype),
+        size=(float(sizes.mean()), max(float(sizes.std(correction=0)), 1e-2)),
+    )
 
 
 def _table_start(config: ModelConfig, x: Tensor) -> _Start:

@@ -18,6 +18,7 @@ __all__ = [
     "Gradient",
     "InputError",
     "Kind",
+    "Library",
     "Likelihood",
     "ModelConfig",
     "Net",
@@ -38,6 +39,7 @@ Posterior = Literal["diagonal", "full", "planar", "sylvester", "iaf", "spline"]
 Net = Literal["plain", "gated", "residual"]
 Activation = Literal["tanh", "relu", "softplus", "silu", "gelu"]
 Noise = Literal["global", "dimension", "datum"]
+Library = Literal["none", "observed", "latent"]
 Optimizer = Literal["adam", "adamw", "sgd"]
 Schedule = Literal["cosine", "constant"]
 Gradient = Literal["plain", "stl", "dreg"]
@@ -171,6 +173,9 @@ class ModelConfig(_Checked):
     noise: Noise = "dimension"
     """Normal and student-t: one scale for all, one per dimension, or one per datum and dimension; the same for the
     dispersion of negative-binomial and zero-inflated."""
+    library: Library = "none"
+    """Negative-binomial and zero-inflated: whether z decides the composition of a row alone, and its library size, the
+    sum of its counts, comes from elsewhere: observed (p is then that of x given its own sum) or latent (log-normal)."""
     prior: Prior = "standard"
     """Family of p(z)."""
     components: int = 50
@@ -198,6 +203,7 @@ class ModelConfig(_Checked):
         self._check("features", "at least 1", self.features >= 1, "Give data with at least one column.")
         self._check_choice("likelihood", Likelihood)
         self._check_choice("noise", Noise)
+        self._check_choice("library", Library)
         self._check_choice("activation", Activation)
         self._check_choice("posterior", Posterior)
         self._check_choice("prior", Prior)
@@ -225,6 +231,13 @@ class ModelConfig(_Checked):
                 f"`noise` goes with the likelihoods {', '.join(spread)} only; got {self.noise} with {self.likelihood}. "
                 "Drop it."
             )
+        if self.library != "none" and self.likelihood not in ("negative-binomial", "zero-inflated"):
+            raise InputError(
+                f"`library` goes with the likelihoods negative-binomial and zero-inflated only; got {self.library} "
+                f"with {self.likelihood}. Drop it, or choose one of these."
+            )
+        if self.library != "none" and self.holes:
+            raise InputError("`library` is the sum of a row's counts, which rows with holes do not tell. Drop one.")
         if self.prior == "vamp" and self.posterior not in ("diagonal", "full"):
             raise InputError(
                 f"`prior` vamp is a mixture of Gaussian posteriors; got {self.posterior}. Use diagonal or full."

@@ -100,6 +100,9 @@ def _model_flags() -> type:
                 " auto: mixed for a table whose columns have names; else counts with a known limit, zeros and ones, or "
                 "real values, as the data are."
             )
+        if field.name == "library":
+            kind, default = Literal["auto", *get_args(kind)], "auto"
+            told[field.name] += " auto: observed for a sparse matrix, else none."
         if field.name == "total_count":
             metavar = "INT"
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
@@ -150,6 +153,7 @@ def train(
     objective: Literal["elbo", "iwae"] = "elbo",
     binarize: Literal["none", "static", "epoch"] = "none",
     drop_constant: bool = False,
+    layer: str = "",
     column: _Columns = (),
     schema: _File = None,
     devices: int = 1,
@@ -164,12 +168,13 @@ def train(
     `aevb inspect`, and given likelihoods of their own. With --likelihood or --binarize all entries are of one kind.
 
     Args:
-        data: `digits`, a .npy, .npz, .csv, .parquet or IDX file, or a folder of the four MNIST files.
+        data: `digits`, a .npy, .npz, .csv, .parquet, .h5ad or IDX file, or a folder of the four MNIST files.
         out: Folder of the new run.
         resume: Folder of a run that was stopped: go on with it as it was begun. Needs neither DATA nor --out.
         objective: Bound to maximise; iwae uses --samples draws.
         binarize: Draw black or white from grey values: once, or anew each time they are used.
         drop_constant: Leave out columns that hold one value only.
+        layer: Of an AnnData file, the layer to read in place of X, or `raw`.
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
         devices: Processes to start on this machine, which share the --shards of every batch; each with a GPU where
@@ -183,8 +188,8 @@ def train(
     from aevb.apps.tables import kinds_of, set_aside
 
     if resume is not None:
-        told = (data, out, objective, binarize, drop_constant, column, schema, model, training)
-        if told != ("", None, "elbo", "none", False, (), None, _ModelFlags(), TrainConfig()):
+        told = (data, out, objective, binarize, drop_constant, layer, column, schema, model, training)
+        if told != ("", None, "elbo", "none", False, "", (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         go_on(resume, devices, nodes, tracker)
         return
@@ -194,6 +199,8 @@ def train(
         )
     kinds = kinds_of(data, column, schema, model.likelihood, binarize)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
+    if layer:
+        source["layer"] = layer
     if kinds is not None:
         source["schema"] = kinds.to_json()
     aside = "" if kinds is None else set_aside(kinds)
@@ -315,12 +322,15 @@ def sample(
 def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro.conf.Positional], out: Path) -> None:
     """Write mean and standard deviation of q(z | x) for each row of DATA.
 
+    From .h5ad to .h5ad the file is copied, with means in `.obsm["X_aevb"]` and standard deviations in
+    `.obsm["X_aevb_std"]` (of further latent nodes with their names behind).
+
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet or IDX; or a folder of .parquet files, which the processes
-            of torchrun or srun share out.
-        out: File to write: .npy, .csv or .parquet; or a folder for as many files, of which only those are made that it
-            lacks.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .h5ad or IDX; or a folder of .parquet files, which the
+            processes of torchrun or srun share out.
+        out: File to write: .npy, .csv or .parquet, .h5ad for one; or a folder for as many files, of which only those
+            are made that it lacks.
     """
     from aevb.apps.shards import shared_out
     from aevb.apps.tables import encode_file
@@ -329,7 +339,7 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
     found = open_run(run)
     files = shared_out(found, data, out, {"verb": "encode"})
     if files is None:
-        check_destination(out)
+        check_destination(out, source=data)
     for source, target in files or [(data, out)]:
         print(encode_file(found, source, target), flush=True)
 
@@ -383,9 +393,10 @@ def score(
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX; or a folder of .parquet files, as for
-            `aevb encode`.
-        out: File to write: .npy, .csv or .parquet; or a folder.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow, .h5ad or IDX; or a folder of .parquet files, as
+            for `aevb encode`.
+        out: File to write: .npy, .csv or .parquet, from .h5ad also a copy of it, with the figures in `.obs`; or a
+            folder.
         by_column: Write -log p of each entry given the others of its row, too, with its standard error.
         top: Show so many rows that the model finds least likely, and what in them surprises it most.
         samples: Importance samples a row.

@@ -15,6 +15,7 @@ from aevb.apps.summary import Finding, of_annealing, of_calibration, of_checks, 
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating
 from aevb.config import InputError
+from aevb.data import SparseRows
 from aevb.distributions import base_of
 from aevb.evaluate.annealing import ais, bidirectional
 from aevb.evaluate.calibration import simulation_based_calibration
@@ -35,7 +36,7 @@ class Subject:
     """What is diagnosed."""
 
     vae: VAE
-    rows: Tensor  # (N, P), the rows that were evaluated
+    rows: Tensor | SparseRows  # (N, P), the rows that were evaluated
     log_prob: Tensor  # (N,) nats, their importance-sampling estimates
     samples: int  # importance samples of each
     few: int  # rows that the dear diagnoses take, at most
@@ -45,12 +46,14 @@ class Subject:
     quiet: bool  # no progress bars
 
     def some(self, most: int) -> Tensor:
-        """Positions of at most `most` rows, evenly spaced: data are often sorted."""
+        """Positions of at most `most` rows, evenly spaced: data are often sorted; of sparse ones few at a time."""
         total = len(self.rows)
+        if isinstance(self.rows, SparseRows):
+            most = min(most, len(self.rows.split()[0]))
         return torch.linspace(0, total - 1, min(total, most), dtype=torch.float64).round().long()
 
 
-def check(vae: VAE, rows: Tensor, names: Sequence[str], few: int, temperatures: int) -> None:
+def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, temperatures: int) -> None:
     """Raise what the diagnoses would raise after minutes, before anything is computed.
 
     Raises:
@@ -64,6 +67,11 @@ def check(vae: VAE, rows: Tensor, names: Sequence[str], few: int, temperatures: 
         raise InputError(f"`--also-rows` must be at least 1; got {few}. Give the number of rows for ais and gaps.")
     if temperatures < 1:
         raise InputError(f"`--temperatures` must be at least 1; got {temperatures}. The default is 1000.")
+    if vae.context and (lost := [name for name in names if name in ("ais", "calibration", "checks")]):
+        raise InputError(
+            f"`{lost[0]}` simulates rows, and the model draws them only where {', '.join(vae.context)} is given. Train "
+            "with --library latent, or name gaps and information only."
+        )
     needy = [name for name in names if name != "checks"]
     if needy and not any(node in vae.p.nodes and not vae.q.computes(node) for node in vae.q.nodes):
         raise InputError(f"The model has no latents, so that `{needy[0]}` tells nothing of it. `checks` does.")
@@ -107,7 +115,8 @@ def _calibration(subject: Subject) -> Finding:
 
 
 def _checks(subject: Subject) -> Finding:
-    found = predictive_check(subject.vae, {"x": subject.rows}, seed=subject.seed)
+    rows = subject.rows[subject.some(len(subject.rows))]
+    found = predictive_check(subject.vae, {"x": rows}, seed=subject.seed)
     return of_checks(found, len(subject.rows), subject.columns)
 
 

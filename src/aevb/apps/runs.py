@@ -6,7 +6,7 @@ What a function needs is imported when it runs, so that `aevb --help` answers be
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
-    from aevb.data import Data, Schema
+    from aevb.data import Data, Schema, SparseRows
+    from aevb.evaluate import Marginal
 
 __all__ = [
     "EVALUATION",
     "data_of",
     "diagnose_run",
     "evaluate_run",
+    "in_parts",
     "judged",
     "load_data",
+    "marginal_of",
     "model_config",
     "open_run",
     "pixels",
@@ -36,6 +39,8 @@ __all__ = [
     "schema_of",
     "test_rows",
 ]
+
+_COUNTS = ("poisson", "negative-binomial", "zero-inflated", "binomial", "beta-binomial")
 
 EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
 
@@ -48,19 +53,56 @@ def evaluate_run(
 
     from aevb.apps.summary import summarize
     from aevb.checkpoint import write_atomically
-    from aevb.evaluate import log_marginal
 
     split, rows, _ = test_rows(run, data)
-    values = {"x": rows}
     with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
-        marginal = log_marginal(run.vae, values, samples, seed=seed, compile=compile, progress=progress)
-    summary = summarize(run.vae, values, marginal, seed=seed, split=split, data=pixels(run))
+        marginal = marginal_of(run.vae, rows, samples, seed=seed, compile=compile, progress=progress)
+    summary = summarize(run.vae, _values(rows), marginal, seed=seed, split=split, data=pixels(run))
     assert run.path is not None
     summary = replace(summary, findings=_kept_findings(run.path, summary.weights))
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
     write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
     summary.save(run.path / EVALUATION)
     return summary, marginal.log_prob
+
+
+def marginal_of(vae: Any, rows: Tensor | SparseRows, samples: int, **settings: Any) -> Marginal:
+    """`log_marginal` of rows; sparse ones are made dense a part at a time, which changes no figure."""
+    from aevb.evaluate import Marginal, log_marginal
+
+    found: Marginal = in_parts(rows, lambda part: log_marginal(vae, {"x": part}, samples, **settings), Marginal)
+    return found
+
+
+def in_parts(rows: Tensor | SparseRows, look: Callable[[Tensor], Any], kind: Callable[..., Any] | None = None) -> Any:
+    """What `look` finds of all rows: dense rows at once, sparse ones part by part, rows of the results joined.
+
+    Results are tensors `(N, ...)`, such by key, or records of the given kind made of them and of what is the same for
+    all rows.
+    """
+    import torch
+    from torch import Tensor
+
+    if isinstance(rows, Tensor):
+        return look(rows)
+    found = [look(rows[part]) for part in rows.split()]
+
+    def joined(values: list[Any]) -> Any:
+        if isinstance(values[0], Tensor):
+            return torch.cat(values)
+        if isinstance(values[0], dict):
+            return {name: joined([value[name] for value in values]) for name in values[0]}
+        return values[0]
+
+    if kind is None:
+        return joined(found)
+    return kind(**joined([vars(each) for each in found]))
+
+
+def _values(rows: Tensor | SparseRows) -> Any:
+    from torch import Tensor
+
+    return {"x": rows} if isinstance(rows, Tensor) else rows
 
 
 def _kept_findings(folder: Path, weights: str) -> dict[str, Finding]:
@@ -137,10 +179,11 @@ def pixels(run: Run) -> str:
     return "not binarised" if run.data.get("image_shape") else ""
 
 
-def test_rows(run: Run, data: Data) -> tuple[str, Tensor, Tensor | None]:
+def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | None]:
     """The rows to judge by: the data's own test rows, else those held out for validation."""
     import torch
 
+    from aevb.data import SparseRows
     from aevb.training import split_rows
 
     if data.test is not None:
@@ -151,11 +194,13 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor, Tensor | None]:
             f"{data.name} has no test rows and none were held out. Train with --validation 0.1, or score a file of "
             "new rows."
         )
+    labels = None if data.train_labels is None else data.train_labels[held_out]
     training = data.training()
+    if isinstance(training, SparseRows):
+        return "validation", training.select(held_out), labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
         values = training["x"][held_out] if isinstance(training, dict) else training.take(held_out)["x"]
-    labels = None if data.train_labels is None else data.train_labels[held_out]
     return "validation", values, labels
 
 
@@ -178,7 +223,10 @@ def load_data(source: dict[str, Any]) -> Data:
     name = source["source"]
     if source.get("schema"):
         return load_table(name, Schema.from_json(source["schema"]))
-    return load(name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"])
+    return load(
+        name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"],
+        layer=source.get("layer", ""),
+    )  # fmt: skip
 
 
 def data_of(run: Run, moved: str | None) -> Data:
@@ -192,17 +240,26 @@ def data_of(run: Run, moved: str | None) -> Data:
     return data
 
 
-def rows_of_file(run: Run, path: str) -> Tensor:
+def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     """Rows of a file in the columns of a run."""
-    from aevb.data import read_rows, table_rows
+    from aevb.data import SparseRows, read_rows, table_rows
 
     if schema := schema_of(run):
         return table_rows(path, schema)
     told, command = run.data, run.data["command"]
-    return read_rows(
+    rows = read_rows(
         path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
-        binarize=command["binarize"], seed=command["seed"],
+        binarize=command["binarize"], seed=command["seed"], layer=_layer(command, path),
     )  # fmt: skip
+    if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in _COUNTS:
+        rows.check_counts(f"`{path}`")
+    return rows
+
+
+def _layer(command: dict[str, Any], path: str) -> str:
+    """That of the training file, in other files of its kind."""
+    layer: str = command.get("layer", "")
+    return layer if path.lower().endswith(".h5ad") else ""
 
 
 def schema_of(run: Run) -> Schema | None:
@@ -215,7 +272,9 @@ def schema_of(run: Run) -> Schema | None:
 
 def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     """The flags, completed by what the data tell."""
-    given = dict(model)
+    from aevb.data import SparseRows
+
+    given, sparse = dict(model), isinstance(data.train, SparseRows)
     if given["likelihood"] == "auto":
         given["likelihood"] = "mixed" if data.kinds else _likelihood(data)
     if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
@@ -229,7 +288,14 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
         if not data.kinds:
             raise InputError("`--likelihood mixed` is for tables whose columns have names. Give such a file.")
         given["kinds"] = data.kinds
-    given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
+    if isinstance(data.train, SparseRows):
+        if given["likelihood"] in _COUNTS:
+            data.train.check_counts(data.name)
+    else:
+        given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
+    if given["library"] == "auto":
+        dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
+        given["library"] = "observed" if sparse and dispersed else "none"
     return ModelConfig(features=data.features, **given)
 
 
@@ -239,11 +305,21 @@ def _likelihood(data: Data) -> Likelihood:
         return "bernoulli"
     if data.total_count is not None:
         return "binomial"
+    from aevb.data import SparseRows
+
+    if isinstance(data.train, SparseRows):
+        return "bernoulli" if bool((data.train.stored == 1).all()) else "negative-binomial"
     known = data.train[~data.train.isnan()]
+    if data.name.lower().endswith(".h5ad") and bool(((known >= 0) & (known == known.floor())).all()):
+        return "negative-binomial"
     return "bernoulli" if bool(((known == 0) | (known == 1)).all()) else "normal"
 
 
-def rows_for_start(data: Data) -> Tensor:
+def rows_for_start(data: Data) -> Tensor | SparseRows:
     """Train rows whose mean the likelihood starts from; grey values have the mean of the pixels drawn from them."""
+    from aevb.data import SparseRows
+
+    if isinstance(data.train, SparseRows):
+        return data.train
     rows = data.train.float() if not data.train.is_floating_point() else data.train
     return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aevb.apps.progress import rows_done
-from aevb.apps.runs import data_of, pixels, rows_of_file, schema_of
+from aevb.apps.runs import data_of, in_parts, marginal_of, pixels, rows_of_file, schema_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Summary
     from aevb.checkpoint import Run
-    from aevb.data import Column, Schema
+    from aevb.data import Column, Schema, SparseRows
     from aevb.evaluate import Marginal, Surprisal
 
 __all__ = [
@@ -126,9 +126,12 @@ def sample_file(
     """Draw rows, under conditions if there are any, and write them; what was found, a line each."""
     import torch
 
+    from aevb.apps.summary import sizes
     from aevb.data import encode, widened
     from aevb.evaluate import sample_given
 
+    if given and run.vae.context:
+        raise InputError("`--given` is not for models whose rows come with a library size. Leave it out.")
     schema, bounds, lines = schema_of(run), None, []
     if given:
         told, bounds = _bounds(run, given)
@@ -156,7 +159,7 @@ def sample_file(
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            x = run.vae.p.sample(rows)["x"]
+            x = run.vae.p.sample(rows, sizes(run.vae, rows))["x"]
     frame = _written(out, run, x)
     lines.append(f"{rows} rows written to {out}")
     if not run.data.get("image_shape"):
@@ -260,6 +263,8 @@ def _nearness(run: Run, rows: Tensor, bounds: Tensor | None, moved: str | None) 
         data = data_of(run, moved)
     except InputError as error:
         return f"not compared with the rows trained on: {error}"
+    if not isinstance(data.train, torch.Tensor):
+        return "not compared with the rows trained on, which are sparse"
     trained, kept = split_rows(len(data.train), run.config)
     others = data.test if data.test is not None else data.train[kept]
     if bounds is not None:  # those that meet the conditions, too
@@ -285,17 +290,26 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     import torch
 
     from aevb.bounds import evaluating, prepare
-    from aevb.data import write_rows
+    from aevb.data import write_h5ad, write_rows
+
+    def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
+        posterior = run.vae.posterior(prepare(run.vae, {"x": rows}))
+        return {node: {"mean": d.mean, "std": d.stddev} for node, d in posterior.items()}
 
     with evaluating(run.vae):
-        posterior = run.vae.posterior(prepare(run.vae, {"x": rows_of_file(run, path)}))
-    parts, columns = [], []
-    for node, d in posterior.items():
-        for name, value in (("mean", d.mean), ("std", d.stddev)):
-            parts.append(value)
-            columns += [f"{node}{j + 1}_{name}" for j in range(value.shape[1])]
-    write_rows(out, torch.cat(parts, 1).numpy(), columns)
-    return f"{len(parts[0])} rows, {len(columns)} columns written to {out}"
+        codes = in_parts(rows_of_file(run, path), look)
+    parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
+    rows = len(next(iter(parts.values())))
+    if out.suffix.lower() == ".h5ad":
+        obsm = {
+            "X_aevb" + ("" if node == "z" else f"_{node}") + ("_std" if name == "std" else ""): value.numpy()
+            for (node, name), value in parts.items()
+        }
+        write_h5ad(Path(path), out, obsm=obsm)
+        return f"{rows} rows, {', '.join(obsm)} written to {out}"
+    columns = [f"{node}{j + 1}_{name}" for (node, name), value in parts.items() for j in range(value.shape[1])]
+    write_rows(out, torch.cat(list(parts.values()), 1).numpy(), columns)
+    return f"{rows} rows, {len(columns)} columns written to {out}"
 
 
 def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, seed: int, whole: bool = False) -> str:
@@ -305,8 +319,8 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     from aevb.evaluate import impute
 
     rows = rows_of_file(run, path)
-    holes = int(rows.isnan().sum()) if rows.is_floating_point() else 0
-    if not holes and not whole:
+    holes = int(rows.isnan().sum()) if isinstance(rows, torch.Tensor) and rows.is_floating_point() else 0
+    if not isinstance(rows, torch.Tensor) or not (holes or whole):
         raise InputError(f"`{path}` has no missing entry in the model's columns. There is nothing to fill in.")
     if not holes:
         _write_imputed(run, path, out, [rows] * max(1, draws), bool(draws))
@@ -362,6 +376,8 @@ def score_file(
     run: Run, path: str, out: Path | None, *, by_column: bool, top: int, samples: int, seed: int, quiet: bool
 ) -> tuple[Summary, list[Callable[[], None]]]:
     """Score the rows of a file and write their figures; the summary, and what else is to be printed before it."""
+    import torch
+
     from aevb.apps.summary import summarize
 
     rows, marginal, found = score_rows(
@@ -370,35 +386,40 @@ def score_file(
     told: list[Callable[[], None]] = []
     if top and found is not None:
         told.append(partial(_print, _oddities(run, rows, marginal, found, top)))
-    if rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
+    if isinstance(rows, torch.Tensor) and rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
         told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
-    summary = summarize(run.vae, {"x": rows}, marginal, seed=seed, split=Path(path).name, data=pixels(run))
+    values: Any = {"x": rows} if isinstance(rows, torch.Tensor) else rows
+    summary = summarize(run.vae, values, marginal, seed=seed, split=Path(path).name, data=pixels(run))
     return summary, told
 
 
 def score_rows(
     run: Run, path: str, out: Path | None, *, by_column: bool, by_entry: bool, samples: int, seed: int, quiet: bool
-) -> tuple[Tensor, Marginal, Surprisal | None]:
+) -> tuple[Tensor | SparseRows, Marginal, Surprisal | None]:
     """Score the rows of a file, or their entries too, and write the figures; the rows with what was found."""
     import torch
 
-    from aevb.data import check_destination, write_rows
-    from aevb.evaluate import log_marginal, surprisal
+    from aevb.data import check_destination, write_h5ad, write_rows
+    from aevb.evaluate import Surprisal, surprisal
 
     if out is not None:
-        check_destination(out)
+        check_destination(out, source=path)
     rows, found = rows_of_file(run, path), None
     with rows_done("scoring", len(rows), quiet=quiet) as progress:
-        marginal = log_marginal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
+        marginal = marginal_of(run.vae, rows, samples, seed=seed, progress=progress)
     if by_entry:
         with rows_done("scoring columns", len(rows), quiet=quiet) as progress:
-            found = surprisal(run.vae, {"x": rows}, samples, seed=seed, progress=progress)
+            settings: dict[str, Any] = {"seed": seed, "progress": progress}
+            found = in_parts(rows, lambda part: surprisal(run.vae, {"x": part}, samples, **settings), Surprisal)
     if out is not None:
         figures = [(name, getattr(marginal, name)) for name in ("log_prob", "std_error", "ess", "pareto_k")]
         if by_column and found is not None:
             for j, name in enumerate(_names(run, rows)):
                 figures += [(f"{name}_nll", found.nll[:, j]), (f"{name}_nll_std_error", found.std_error[:, j])]
-        write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
+        if out.suffix.lower() == ".h5ad":
+            write_h5ad(Path(path), out, obs={f"aevb_{name}": each.numpy() for name, each in figures})
+        else:
+            write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
     return rows, marginal, found
 
 
@@ -408,11 +429,11 @@ def _print(table: Table) -> None:
     Console(highlight=False).print(table)
 
 
-def _names(run: Run, rows: Tensor) -> list[str]:
+def _names(run: Run, rows: Tensor | SparseRows) -> list[str]:
     return list(run.data.get("columns") or [f"x{j + 1}" for j in range(rows.shape[1])])
 
 
-def _oddities(run: Run, rows: Tensor, marginal: Marginal, found: Surprisal, top: int) -> Table:
+def _oddities(run: Run, rows: Tensor | SparseRows, marginal: Marginal, found: Surprisal, top: int) -> Table:
     """The rows that the model finds least likely, and the columns that are odder there than they mostly are."""
     from aevb.data import decode
 
@@ -423,7 +444,7 @@ def _oddities(run: Run, rows: Tensor, marginal: Marginal, found: Surprisal, top:
         named = []
         for j in excess[row].nan_to_num(-math.inf).argsort(descending=True)[:_COLUMNS].tolist():
             if excess[row, j] > 0:
-                value: Any = f"{float(rows[row, j]):g}"
+                value: Any = f"{float(rows[row : row + 1][0, j]):g}"
                 if schema:
                     value = decode(schema, rows[row : row + 1].numpy())[names[j]][0]
                 named.append(f"{names[j]} = {value} (+{excess[row, j]:.1f} ± {found.std_error[row, j]:.1f})")

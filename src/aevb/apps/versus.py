@@ -14,6 +14,7 @@ from torch import Tensor
 from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run
 from aevb.config import InputError
+from aevb.data import SparseRows
 from aevb.evaluate import Comparison
 
 __all__ = ["Contestant", "check_comparable", "to_json", "told"]
@@ -36,7 +37,7 @@ class Contestant:
         )
 
 
-def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor]) -> None:
+def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor | SparseRows]) -> None:
     """Raise unless the runs give the same rows densities in the same units.
 
     Args:
@@ -65,14 +66,24 @@ def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor]) -> Non
                 "where the other is a probability, and their logarithms have no common unit. Choose likelihoods of one "
                 "kind, and a table's columns of one kind."
             )
-        if rows[first].shape != rows[name].shape or not torch.equal(
-            rows[first].nan_to_num(math.pi), rows[name].nan_to_num(math.pi)
-        ):
+        if one.vae.context != other.vae.context:
+            raise InputError(
+                f"`{first}` and `{name}` differ in what they are given ({', '.join(one.vae.context) or 'nothing'} and "
+                f"{', '.join(other.vae.context) or 'nothing'}): log p(x | library) is no log p(x). Train both with the "
+                "same --library."
+            )
+        if not _same(rows[first], rows[name]):
             raise InputError(
                 f"`{first}` and `{name}` would be judged on different rows ({len(rows[first])} and {len(rows[name])}), "
                 "since the data have no test rows and each run held out its own. Train with the same --seed and "
                 "--validation, or give test rows."
             )
+
+
+def _same(one: Tensor | SparseRows, other: Tensor | SparseRows) -> bool:
+    if isinstance(one, SparseRows) or isinstance(other, SparseRows):
+        return isinstance(one, SparseRows) and isinstance(other, SparseRows) and one.sha256() == other.sha256()
+    return one.shape == other.shape and torch.equal(one.nan_to_num(math.pi), other.nan_to_num(math.pi))
 
 
 def _likelihood(run: Run) -> str:

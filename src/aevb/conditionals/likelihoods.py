@@ -249,22 +249,30 @@ class Poisson(nn.Module):
 class _Dispersed(nn.Module):
     """Negative binomials: `heads` outputs of the net for each entry, and the log of the inverse dispersion."""
 
-    def __init__(self, net: nn.Module, dims: int, dispersion: str, heads: int) -> None:
+    def __init__(self, net: nn.Module, dims: int, dispersion: str, heads: int, library: bool) -> None:
         super().__init__()
         _check_per("dispersion", dispersion)
         self._heads = heads + 1 if dispersion == "datum" else heads
         self._owner, wanted = type(self).__name__, self._heads * dims
         rule = f"{wanted} for D = {dims} and dispersion={dispersion!r}"
         check_width(self._owner, net, lambda width: width == wanted, rule)
-        self.net, self.dims, self.dispersion = net, dims, dispersion
+        self.net, self.dims, self.dispersion, self.library = net, dims, dispersion, library
         if dispersion != "datum":
             self.log_theta = nn.Parameter(torch.zeros(1 if dispersion == "global" else dims))
 
     def _parts(self, *parents: Tensor) -> list[Tensor]:
         """Log mu, log theta, and what else the net gives, `(*, D)` each but log theta, which broadcasts to it."""
-        out = self.net(*parents)
+        if self.library and (len(parents) < 2 or parents[-1].shape[-1] != 1):
+            raise InputError(
+                f"{self._owner} takes the log of the library size, (*, 1), as its last parent; got shapes "
+                f"{', '.join(str(tuple(parent.shape)) for parent in parents)}. Name it last in the key, or drop "
+                "`library`."
+            )
+        out = self.net(*(parents[:-1] if self.library else parents))
         check_out(self._owner, out, self._heads * self.dims)
         parts = list(out.split(self.dims, dim=-1))
+        if self.library:
+            parts[0] = parts[0].log_softmax(-1) + parents[-1]
         return parts if self.dispersion == "datum" else [parts[0], self.log_theta, *parts[1:]]
 
 
@@ -281,6 +289,8 @@ class NegativeBinomial(_Dispersed):
         net: Returns :math:`\log \mu`, `(*, D)`; with `dispersion="datum"` also :math:`\log \theta`, `(*, 2 D)`.
         dims: D.
         dispersion: One learned :math:`\theta` ("global"), one per dimension ("dimension"), or from the net ("datum").
+        library: Let the last parent be :math:`\log l`, `(*, 1)`, of the library size l, and
+            :math:`\mu = l \operatorname{softmax}(\cdot)` of what the net makes of the other parents.
 
     Example:
         >>> from aevb import MLP
@@ -288,8 +298,8 @@ class NegativeBinomial(_Dispersed):
         torch.Size([3])
     """
 
-    def __init__(self, net: nn.Module, dims: int, dispersion: str = "dimension") -> None:
-        super().__init__(net, dims, dispersion, heads=1)
+    def __init__(self, net: nn.Module, dims: int, dispersion: str = "dimension", *, library: bool = False) -> None:
+        super().__init__(net, dims, dispersion, 1, library)
 
     def forward(self, *parents: Tensor) -> td.Distribution:
         """Parents, `(*, D_i)` each."""
@@ -310,6 +320,8 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
             :math:`\log \theta` between them, `(*, 3 D)`.
         dims: D.
         dispersion: One learned :math:`\theta` ("global"), one per dimension ("dimension"), or from the net ("datum").
+        library: Let the last parent be :math:`\log l`, `(*, 1)`, of the library size l, and
+            :math:`\mu = l \operatorname{softmax}(\cdot)` of what the net makes of the other parents.
 
     Example:
         >>> from aevb import MLP
@@ -318,8 +330,8 @@ class ZeroInflatedNegativeBinomial(_Dispersed):
         torch.Size([3])
     """
 
-    def __init__(self, net: nn.Module, dims: int, dispersion: str = "dimension") -> None:
-        super().__init__(net, dims, dispersion, heads=2)
+    def __init__(self, net: nn.Module, dims: int, dispersion: str = "dimension", *, library: bool = False) -> None:
+        super().__init__(net, dims, dispersion, 2, library)
 
     def forward(self, *parents: Tensor) -> td.Distribution:
         """Parents, `(*, D_i)` each."""

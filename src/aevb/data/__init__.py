@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from aevb.data.annotated import write_h5ad
 from aevb.data.binary import Binarize, Binarized
 from aevb.data.blocks import Blocks, open_array, open_shards
 from aevb.data.coding import decode, encode, widened
@@ -11,6 +12,7 @@ from aevb.data.kinds import find_schema
 from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
 from aevb.data.schema import Column, Schema
+from aevb.data.sparse import SparseRows
 from aevb.data.writing import check_destination, write_frame, write_rows
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Column",
     "Data",
     "Schema",
+    "SparseRows",
     "check_destination",
     "decode",
     "encode",
@@ -33,5 +36,6 @@ __all__ = [
     "table_rows",
     "widened",
     "write_frame",
+    "write_h5ad",
     "write_rows",
 ]

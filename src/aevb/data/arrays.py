@@ -12,6 +12,7 @@ import os
 import struct
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from aevb.config import InputError
 from aevb.data.files import FORMATS, Part, Source, listed, opened, parsing, shown
+from aevb.data.sparse import from_parts
 
 __all__ = ["read_idx", "read_mnist_folder", "read_numpy"]
 
@@ -35,7 +37,7 @@ _DEFLATE_LIMIT = 1032  # deflate shrinks nothing by more than this factor (zlib'
 
 
 def read_numpy(path: Path) -> Source:
-    """One array, or an archive with the usual names, recognised by content.
+    """One array, an archive with the usual names, or a sparse matrix, recognised by content.
 
     Raises:
         InputError: If it is neither, holds objects, or names its arrays in an unknown way.
@@ -84,17 +86,26 @@ def _archive(archive: zipfile.ZipFile, path: Path) -> Source:
         labels = next((read(label) for label in _LABELS.get(name, ()) if label in members), None)
         return Part(where=f"`{shown(name)}` in `{path}`", values=read(name), labels=labels)
 
+    if {"data", "shape"} <= set(members) and ("indptr" in members or {"row", "col"} <= set(members)):
+        return _sparse(read, set(members), path)
     rows = _rows_name(list(members), path)
     test = _TEST.get(rows)
     return Source(name=path.name, train=part(rows), test=part(test) if test in members else None)
 
 
+def _sparse(read: Callable[[str], NDArray[Any]], names: set[str], path: Path) -> Source:
+    """A matrix as `scipy.sparse.save_npz` writes it; labels may lie beside it."""
+    form = "csr"
+    if "format" in names:
+        stored = read("format").item()
+        form = stored.decode() if isinstance(stored, bytes) else str(stored)
+    parts = {name: read(name) for name in ("data", "indices", "indptr", "row", "col", "shape") if name in names}
+    labels = next((read(name) for name in _LABELS["x"] if name in names), None)
+    where = f"`{path}`"
+    return Source(name=path.name, train=Part(where=where, values=from_parts(parts, form, where), labels=labels))
+
+
 def _rows_name(names: list[str], path: Path) -> str:
-    if {"data", "indices", "indptr"} <= set(names):
-        raise InputError(
-            f"`{path}` holds a sparse matrix; a dense one is needed. "
-            "Save it dense: np.save(path, scipy.sparse.load_npz(path).toarray())."
-        )
     found = [name for name in _ROWS if name in names]
     if len(found) != 1 and len(names) != 1:
         raise InputError(

@@ -17,6 +17,7 @@ from aevb.data.frames import Frame
 from aevb.data.loading import table_rows
 from aevb.data.rows import rows_from
 from aevb.data.schema import Schema
+from aevb.data.sparse import SparseRows
 from aevb.data.tables import check_names, numbers, polars
 from aevb.training.batches import WINDOW
 
@@ -211,8 +212,9 @@ def _starts(rows: int, block_rows: int | None, row_bytes: int) -> list[int]:
     return [*range(0, rows, size), rows]
 
 
-def _as(x: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def _as(x: Tensor | SparseRows, dtype: torch.dtype, where: str) -> Tensor:
     """Of the type of the other blocks, which may not need what one of them does."""
+    assert isinstance(x, Tensor)  # arrays and tables are dense
     if x.dtype == torch.float64:
         raise InputError(
             f"{where}: float32 cannot hold the differences among these numbers, such as times in seconds. Subtract a "

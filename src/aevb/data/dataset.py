@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aevb.config import InputError
 from aevb.data.binary import Binarize, Binarized, check_binarize
+from aevb.data.sparse import SparseRows
 
 __all__ = ["Data"]
 
@@ -33,7 +34,7 @@ class Data:
 
     name: str
     """The source's name, without its folder."""
-    train: Tensor
+    train: Tensor | SparseRows
     """`(N, P)`: uint8 where the file has bytes, else float; NaN is missing. With binarize "epoch", the grey values."""
     test: Tensor | None = None
     """`(M, P)`, of the same type, or None; with binarize "epoch", zeros and ones in uint8."""
@@ -79,7 +80,7 @@ class Data:
         """Entries of one row, P."""
         return int(self.train.shape[1])
 
-    def training(self) -> dict[str, Tensor] | Binarized:
+    def training(self) -> dict[str, Tensor] | Binarized | SparseRows:
         """The train rows in the form that `aevb.fit` takes, as the node `x`.
 
         Example:
@@ -87,6 +88,8 @@ class Data:
             >>> list(Data(name="a", train=torch.eye(2)).training())
             ['x']
         """
+        if isinstance(self.train, SparseRows):
+            return self.train
         return Binarized(self.train) if self.binarize == "epoch" else {"x": self.train}
 
     def describe(self) -> dict[str, Any]:
@@ -101,13 +104,13 @@ class Data:
             >>> Data(name="a", train=torch.eye(2)).describe()["rows"]
             {'train': 2, 'test': None}
         """
-        parts = {"train": self.train, "test": self.test}
+        parts: dict[str, Tensor | SparseRows | None] = {"train": self.train, "test": self.test}
         return {
             "name": self.name,
             "rows": {part: None if x is None else len(x) for part, x in parts.items()},
             "features": self.features,
             "dtype": str(self.train.dtype).removeprefix("torch."),
-            "missing": {part: None if x is None else int(x.isnan().sum()) for part, x in parts.items()},
+            "missing": {part: None if x is None else _missing(x) for part, x in parts.items()},
             "binarize": _IN_WORDS[self.binarize].format(seed=self.seed),
             "sha256": {part: None if x is None else _fingerprint(x) for part, x in parts.items()},
             "columns": None if self.columns is None else list(self.columns),
@@ -119,7 +122,13 @@ class Data:
         }
 
 
-def _fingerprint(x: Tensor) -> str:
+def _missing(x: Tensor | SparseRows) -> int:
+    return 0 if isinstance(x, SparseRows) else int(x.isnan().sum())
+
+
+def _fingerprint(x: Tensor | SparseRows) -> str:
+    if isinstance(x, SparseRows):
+        return x.sha256()
     digest = hashlib.sha256(f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)} ".encode())
     digest.update(x.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()

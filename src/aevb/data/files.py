@@ -16,7 +16,7 @@ from aevb.config import InputError
 
 __all__ = ["FORMATS", "MISSING", "Part", "Source", "listed", "opened", "parsing", "reason", "shown"]
 
-FORMATS = ".npy, .npz, .csv, .parquet, an IDX file (such as train-images-idx3-ubyte, also .gz)"
+FORMATS = ".npy, .npz, .csv, .parquet, .h5ad, an IDX file (such as train-images-idx3-ubyte, also .gz)"
 
 MISSING = ("", "NA", "NaN", "nan", "null", "?")
 """Cells of a CSV file that mean: not observed."""
@@ -30,7 +30,7 @@ class Part:
     """Rows as their file has them."""
 
     where: str  # how an error names them
-    values: NDArray[Any]  # (N,), (N, P) or (N, H, W)
+    values: Any  # an array (N,), (N, P) or (N, H, W), or a sparse matrix (N, P)
     labels: NDArray[Any] | None = None  # (N,)
     columns: tuple[str, ...] | None = None  # P names
     named: bool = False  # the names stand in the file; else they were made up

@@ -18,11 +18,14 @@ from aevb.data.frames import Frame, read_frame
 from aevb.data.rows import Rows, column_name, grey_of, rows_from
 from aevb.data.schema import Schema
 from aevb.data.sources import open_source
+from aevb.data.sparse import SparseRows
 
 __all__ = ["load", "load_table", "table_rows"]
 
 
-def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False) -> Data:
+def load(
+    source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False, layer: str = ""
+) -> Data:
     """Reads a data set into memory and checks it.
 
     A file is one of these:
@@ -33,6 +36,8 @@ def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop
     - `.npy`: an array `(N,)`, `(N, P)`, or `(N, H, W)` of grey images, which are flattened.
     - `.npz`: arrays `x_train` with `y_train`, `x_test`, `y_test`; or `train` with `test`; or `x`, `X` or `data` with
       `y` or `labels`; or a single array. Labels that are not whole numbers are left out: they are no classes.
+    - `.npz` as `scipy.sparse.save_npz` writes it: the rows stay sparse until they are used, a batch at a time.
+    - `.h5ad`, an AnnData file: its X or a layer, sparse if it is stored so; columns have the names of `var`.
     - IDX, the format of MNIST, whatever its name, also compressed by gzip.
 
     Bytes stay uint8; all else becomes float32, or float64 where float32 would overflow, underflow, or change entries
@@ -47,6 +52,7 @@ def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop
         seed: Keys the draws that are made once.
         drop_constant: Remove the columns that are constant among the train rows, from both parts. Images with columns
             removed have no `image_shape`.
+        layer: Of an AnnData file, the layer to read in place of X, or `raw`.
 
     Returns:
         The data set; `constant` lists the columns that carry no information, `dropped` and `kept` what was removed.
@@ -65,14 +71,15 @@ def load(source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop
         61
     """
     check_binarize(binarize, seed)
-    stored = open_source(source)
+    stored = open_source(source, layer)
     train = rows_from(stored.train)
     test = None if stored.test is None else rows_from(stored.test)
     if len(train.x) < 2:
         raise InputError(f"{train.where} has one row; a model of one row would only repeat it. Give at least two rows.")
     if test is not None:
         train, test = _alike(train, test)
-    x, x_test, total_count = train.x, None if test is None else test.x, stored.total_count
+    assert not isinstance(x_test := None if test is None else test.x, SparseRows)
+    x, total_count = train.x, stored.total_count
     if binarize != "none":
         x, x_test = _binarized(train, test, binarize, seed, total_count)
         total_count = None
@@ -143,11 +150,15 @@ def table_rows(source: Any, schema: Schema) -> Tensor:
         InputError: If the table does not fit the schema.
     """
     frame = source if isinstance(source, Frame) else read_frame(source)
-    return rows_from(Part(where=frame.where, values=encode(schema, frame), columns=schema.names, named=True)).x
+    rows = rows_from(Part(where=frame.where, values=encode(schema, frame), columns=schema.names, named=True)).x
+    assert isinstance(rows, Tensor)
+    return rows
 
 
 def _alike(train: Rows, test: Rows) -> tuple[Rows, Rows]:
     """Both parts with one width, image shape and type."""
+    if isinstance(train.x, SparseRows) or isinstance(test.x, SparseRows):
+        raise InputError(f"{train.where} has parts that are sparse, which have no test part. Save them in two files.")
     shapes = {rows.image_shape for rows in (train, test)} - {None}
     if train.x.shape[1] != test.x.shape[1] or len(shapes) > 1:
         raise InputError(
@@ -156,7 +167,10 @@ def _alike(train: Rows, test: Rows) -> tuple[Rows, Rows]:
         )
     dtype = torch.promote_types(train.x.dtype, test.x.dtype)
     shape = next(iter(shapes), None)
-    return tuple(replace(rows, x=rows.x.to(dtype), image_shape=shape) for rows in (train, test))  # type: ignore[return-value]
+    return (
+        replace(train, x=train.x.to(dtype), image_shape=shape),
+        replace(test, x=test.x.to(dtype), image_shape=shape),
+    )
 
 
 def _binarized(
@@ -187,8 +201,8 @@ def _mark_constant(data: Data, where: str, drop: bool) -> Data:
     kept = (~flags).nonzero().flatten()
     return replace(
         data,
-        train=data.train[:, kept],
-        test=None if data.test is None else data.test[:, kept],
+        train=data.train.select(columns=kept) if isinstance(data.train, SparseRows) else data.train[:, kept],
+        test=None if data.test is None else data.test[:, kept],  # no sparse source has a test part
         columns=None if data.columns is None else tuple(data.columns[j] for j in kept.tolist()),
         image_shape=None,
         dropped=names,
@@ -196,8 +210,11 @@ def _mark_constant(data: Data, where: str, drop: bool) -> Data:
     )
 
 
-def _constant(x: Tensor, *, drawn_anew: bool) -> Tensor:
+def _constant(x: Tensor | SparseRows, *, drawn_anew: bool) -> Tensor:
     """`(P,)` booleans. A column without any value counts; of grey values drawn anew, only black and white ones do."""
+    if isinstance(x, SparseRows):
+        low, high = x.bounds()
+        return low >= high
     if x.is_floating_point():
         low, high = x.nan_to_num(torch.inf).amin(0), x.nan_to_num(-torch.inf).amax(0)
     else:

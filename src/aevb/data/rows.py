@@ -16,8 +16,9 @@ from aevb.config import InputError
 from aevb.data.binary import Binarize, check_binarize, check_grey, draw_once
 from aevb.data.files import Part, listed, shown
 from aevb.data.sources import open_source
+from aevb.data.sparse import SparseRows, compressed
 
-__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_from"]
+__all__ = ["Rows", "as_float", "column_name", "grey_of", "read_rows", "rows_from"]
 
 _FLOAT32_WHOLE = 2**24  # up to here float32 tells every whole number from the next
 _FLOAT64_WHOLE = 2**53
@@ -29,7 +30,7 @@ class Rows:
     """Checked rows."""
 
     where: str
-    x: Tensor  # (N, P): uint8, float32 or float64; NaN is missing
+    x: Tensor | SparseRows  # (N, P): uint8, float32 or float64; NaN is missing
     labels: Tensor | None  # (N,) int64, -1 is missing
     columns: tuple[str, ...] | None
     named: bool
@@ -48,6 +49,15 @@ def rows_from(part: Part) -> Rows:
         InputError: If the array is not of numbers, has no rows or columns, more than three axes, or infinite entries.
     """
     values, where = part.values, part.where
+    if not isinstance(values, np.ndarray):
+        return Rows(
+            where=where,
+            x=SparseRows(compressed(values, where, part.columns), columns=part.columns),
+            labels=_labels(part),
+            columns=part.columns,
+            named=part.named,
+            image_shape=None,
+        )
     if values.dtype.kind not in "buif":
         raise InputError(
             f"{where} holds entries of type {values.dtype}; real numbers are needed. "
@@ -59,7 +69,7 @@ def rows_from(part: Part) -> Rows:
             "width), with at least one of each. Reshape it: x.reshape(len(x), -1)."
         )
     flat = np.ascontiguousarray(values.reshape(len(values), -1))
-    x = flat if flat.dtype == np.uint8 else _as_float(flat, where)
+    x = flat if flat.dtype == np.uint8 else as_float(flat, where)
     _check_finite(x, part)
     return Rows(
         where=where,
@@ -71,7 +81,12 @@ def rows_from(part: Part) -> Rows:
     )
 
 
-def _as_float(values: NDArray[Any], where: str) -> NDArray[Any]:
+def as_float(values: NDArray[Any], where: str) -> NDArray[Any]:
+    """Numbers in float32, or in float64 where that would overflow, underflow, or tell fewer whole numbers apart.
+
+    Raises:
+        InputError: For whole numbers that no float tells apart.
+    """
     if values.dtype.kind in "iu" and max(abs(int(values.min())), abs(int(values.max()))) > _FLOAT64_WHOLE:
         raise InputError(
             f"{where} has whole numbers beyond 2**53, which no float tells apart. "
@@ -98,7 +113,7 @@ def _check_finite(x: NDArray[Any], part: Part) -> None:
 
 
 def _labels(part: Part) -> Tensor | None:
-    labels, rows = part.labels, len(part.values)
+    labels, rows = part.labels, part.values.shape[0]
     if labels is None:
         return None
     if labels.size != rows or labels.shape[:1] != (rows,):
@@ -121,6 +136,8 @@ def grey_of(rows: Rows, total_count: int | None) -> Tensor:
     Raises:
         InputError: If they are none of these.
     """
+    if isinstance(rows.x, SparseRows):
+        raise InputError(f"{rows.where} is a sparse matrix, which is not binarised. Leave `binarize` at 'none'.")
     x = rows.x / total_count if total_count else rows.x
     check_grey(x, rows.where)
     return x
@@ -136,7 +153,8 @@ def read_rows(
     part: Literal["train", "test"] = "test",
     binarize: Binarize = "none",
     seed: int = 0,
-) -> Tensor:
+    layer: str = "",
+) -> Tensor | SparseRows:
     """Rows for a trained model: to score, to encode, to impute. One row is enough.
 
     Columns are matched by name where the file and the model both have names, whatever their order; else by count.
@@ -151,9 +169,10 @@ def read_rows(
         part: The rows wanted, where the source has both; a source with one part gives that.
         binarize: If not "none", grey values are drawn to 0 or 1 once, as `load` draws that part.
         seed: Keys that draw.
+        layer: Of an AnnData file, the matrix to read in place of X.
 
     Returns:
-        `(N, P)`, uint8 where the file has bytes, else float; NaN is missing.
+        `(N, P)`, uint8 where the file has bytes, else float; NaN is missing. A sparse matrix stays one.
 
     Raises:
         InputError: If the file cannot be read or its columns do not fit.
@@ -165,7 +184,7 @@ def read_rows(
     check_binarize(binarize, seed)
     if part not in ("train", "test"):
         raise InputError(f"`part` must be train or test; got {part!r}. Choose one of these names.")
-    source = open_source(path)
+    source = open_source(path, layer)
     chosen = source.test if part == "test" and source.test is not None else source.train
     rows = rows_from(chosen)
     picked: list[int] | None
@@ -173,7 +192,10 @@ def read_rows(
         picked = _by_name(rows.where, rows.columns, columns, kept, dropped)
     else:
         picked = _by_count(rows, columns, kept, dropped, features)
-    rows = rows if picked is None else replace(rows, x=rows.x[:, picked])
+    if picked is not None:
+        at = torch.tensor(picked)
+        x = rows.x.select(columns=at) if isinstance(rows.x, SparseRows) else rows.x[:, at]
+        rows = replace(rows, x=x)
     if binarize == "none":
         return rows.x
     return draw_once(grey_of(rows, source.total_count), seed=seed, part="train" if chosen is source.train else "test")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aevb.config import InputError
+from aevb.data.annotated import SUFFIX, read_h5ad
 from aevb.data.arrays import read_idx, read_mnist_folder, read_numpy
 from aevb.data.files import Part, Source
 from aevb.data.tables import read_csv, read_parquet
@@ -16,17 +17,23 @@ __all__ = ["open_source"]
 _DIGITS_TRAIN = 1500
 
 
-def open_source(source: str | Path) -> Source:
+def open_source(source: str | Path, layer: str = "") -> Source:
     """The parts of a data set as they are stored; `aevb.data.load` says what may be given.
 
     Raises:
         InputError: If the source cannot be read.
     """
+    if layer and not str(source).lower().endswith(SUFFIX):
+        raise InputError(
+            f"`layer` names a matrix of an AnnData file ({SUFFIX}); got {layer!r} with `{source}`. Drop it."
+        )
     if source == "digits":
         return _digits()
     path = Path(source.removeprefix("mnist:") if isinstance(source, str) else source)
     if os.path.isdir(path):
         return read_mnist_folder(path)
+    if path.suffix.lower() == SUFFIX:
+        return read_h5ad(path, layer)
     return _READERS.get(path.suffix.lower(), _idx)(path)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
+from aevb.data.annotated import SUFFIX
 from aevb.data.tables import are_numbers, check_names, polars
 
 if TYPE_CHECKING:
@@ -99,8 +100,12 @@ def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
     return rows.astype(dtype, copy=False)
 
 
-def check_destination(path: str | Path, *, overwrite: bool = False, tables: bool = False) -> None:
+def check_destination(
+    path: str | Path, *, overwrite: bool = False, tables: bool = False, source: str | Path | None = None
+) -> None:
     """Raise what `write_rows`, or for tables `write_frame`, would of its path, before the work that is to be written.
+
+    Results about the rows of an AnnData file, `source`, may go to another such file.
 
     Example:
         >>> check_destination("codes.txt")
@@ -108,7 +113,9 @@ def check_destination(path: str | Path, *, overwrite: bool = False, tables: bool
         aevb.config.InputError: `codes.txt` must end in .npy, .csv, .parquet; got '.txt'. Choose one of these suffixes.
     """
     path = Path(path)
+    annotated = source is not None and str(source).lower().endswith(SUFFIX)
     allowed = [suffix for suffix in _WRITERS if not tables or suffix != ".npy"]  # which holds numbers only
+    allowed += [SUFFIX] if annotated else []
     if path.suffix.lower() not in allowed:
         raise InputError(
             f"`{path}` must end in {', '.join(allowed)}; got {path.suffix!r}. Choose one of these suffixes."

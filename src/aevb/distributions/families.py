@@ -254,10 +254,22 @@ class NegativeBinomial(td.Distribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-mass in nats, elementwise."""
-        x, theta = value.double(), _positive(self.log_theta)
-        ratio = self.log_mean.double() - theta.log()
-        rising = _log_rising(theta, x) - torch.lgamma(x + 1)
-        return (rising + x * ratio - (x + theta) * _softplus(ratio)).to(self.log_mean.dtype)
+        log_theta = self.log_theta.clamp(*_LOG_RANGE)
+        if torch.compiler.is_compiling():  # no graph has a shape that hangs on values
+            return (_rising(log_theta, value) + _shrunk(self.log_mean, log_theta, value)).to(self.log_mean.dtype)
+        # Most counts are often zero, where one term is left; the others are looked at where counts are not, and what
+        # does not depend on the mean not once for every draw.
+        ratio = self.log_mean.double() - log_theta.double()
+        zero = (-log_theta.double().exp() * _softplus(ratio)).to(self.log_mean.dtype)
+        rows = torch.broadcast_shapes(log_theta.shape, value.shape)
+        at = (value.expand(rows) != 0).nonzero(as_tuple=True)
+        found = _rising(log_theta.expand(rows)[at], value.expand(rows)[at])
+        rising = torch.zeros(rows, dtype=found.dtype, device=value.device).index_put(at, found)
+        shape = torch.broadcast_shapes(zero.shape, rows)
+        at = at if shape == rows else (value.expand(shape) != 0).nonzero(as_tuple=True)
+        mean, dispersion, x = (each.expand(shape)[at] for each in (self.log_mean, log_theta, value))
+        rest = rising.expand(shape)[at] + _shrunk(mean, dispersion, x)
+        return zero.expand(shape).index_put(at, rest.to(zero.dtype))
 
 
 @final
@@ -441,6 +453,18 @@ class DiscretizedLogistic(td.Distribution):
 # A log-parameter is kept where float64 has digits for its exponential and for what is made of it. At e^40 the limit
 # (binomial, Poisson) is reached to the last digit, so that the gradient there, 0, is right, too.
 _LOG_RANGE = (-300.0, 40.0)
+
+
+def _rising(log_theta: Tensor, value: Tensor) -> Tensor:
+    """What a count brings to a negative binomial whatever its mean, in float64."""
+    x = value.double()
+    return _log_rising(log_theta.double().exp(), x) - torch.lgamma(x + 1)
+
+
+def _shrunk(log_mean: Tensor, log_theta: Tensor, value: Tensor) -> Tensor:
+    """The rest of it, in float64."""
+    x, theta, ratio = value.double(), log_theta.double().exp(), log_mean.double() - log_theta.double()
+    return x * ratio - (x + theta) * _softplus(ratio)
 
 
 def _positive(log: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from aevb.nets.convolutions import ConvNet, TransposedConvNet
 from aevb.nets.form import ACTIVATIONS
 from aevb.nets.mlp import MLP
 from aevb.nets.parametric import Fixed, ParametricMLP
-from aevb.nets.wrappers import Columns, Holes, Rows, Standardize
+from aevb.nets.wrappers import Columns, Holes, LogTotal, Rows, Standardize
 
 __all__ = [
     "ACTIVATIONS",
@@ -17,6 +17,7 @@ __all__ = [
     "ConvNet",
     "Fixed",
     "Holes",
+    "LogTotal",
     "ParametricMLP",
     "Rows",
     "Standardize",

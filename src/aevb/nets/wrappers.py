@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from aevb._shapes import by_rows, join
 from aevb.config import InputError, Kind
 
-__all__ = ["Columns", "Holes", "Rows", "Standardize"]
+__all__ = ["Columns", "Holes", "LogTotal", "Rows", "Standardize"]
 
 
 @final
@@ -128,6 +128,44 @@ class Holes(nn.Module):
 
 
 @final
+class LogTotal(nn.Module):
+    r"""The log of a row's library size, :math:`\log \max(1, \sum_j x_j)`, `(*, 1)`.
+
+    Args:
+        net: If given, takes the row, too; the first number it returns has that log added, and all are handed on.
+        loc: Mean of it over the training rows, with which rows can be drawn later.
+        scale: Its spread over them.
+
+    Example:
+        >>> LogTotal()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        tensor([[0.],
+                [0.]])
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module | None = None, *, loc: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("loc", torch.tensor([loc]))
+        self.register_buffer("scale", torch.tensor([scale]))
+
+    @property
+    def outputs(self) -> int | None:
+        """Width of the result, where `net` knows it."""
+        return 1 if self.net is None else getattr(self.net, "outputs", None)
+
+    def forward(self, parent: Tensor) -> Tensor:
+        """Counts `(*, P)`."""
+        total = parent.sum(-1, keepdim=True).clamp(min=1.0).log()
+        if self.net is None:
+            return total
+        out: Tensor = self.net(parent)
+        return torch.cat([out[..., :1] + total, out[..., 1:]], -1)
+
+
+@final
 class Standardize(nn.Module):
     """Hands `net` its one parent centred and scaled, `net((x - loc) / scale)`; NaN stays NaN.
 
@@ -135,6 +173,7 @@ class Standardize(nn.Module):
         net: Takes `(*, D)`.
         loc: Centre of the data, `(D,)`.
         scale: Spread of the data, `(D,)`, above 0.
+        log1p: Let log(1 + x) stand for x: counts span orders of magnitude.
 
     Example:
         >>> import torch
@@ -145,9 +184,9 @@ class Standardize(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, net: nn.Module, loc: Tensor, scale: Tensor, *, log1p: bool = False) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.log1p = net, log1p
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
 
@@ -163,7 +202,8 @@ class Standardize(nn.Module):
                 f"The net's parent must end in {self.loc.shape[0]} entries; got shape {tuple(parent.shape)}. "
                 "Flatten images with `x.flatten(1)`, or build the model for these columns."
             )
-        result: Tensor = self.net((parent - self.loc) / self.scale)
+        shown = parent.log1p() if self.log1p else parent
+        result: Tensor = self.net((shown - self.loc) / self.scale)
         return result
 
 

@@ -37,7 +37,9 @@ from aevb.training.updates import OptimizerState
 __all__ = ["OBJECTIVES", "fit"]
 
 _log = logging.getLogger("aevb")
-_CHUNK = 8192
+_CHUNK, _ENTRIES = 8192, 2**23
+"""Most rows that are looked at together outside of training, and numbers in them: rows of a sparse matrix are wide, and
+what a model makes of them is several times as large."""
 _MOST_DROPPED = 20
 """Non-finite steps in a row that end a run."""
 
@@ -140,6 +142,8 @@ class _Trainer:
             training, self.held_out = split_blocks(blocks, whole)
         else:
             training, self.held_out = split_rows(len(self.data), whole)
+        width = sum(value[0].numel() for value in self.data.take(torch.zeros(1, dtype=torch.long)).values())
+        self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         if validation is not None:
             self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
             self.held_out = torch.arange(len(self.judged))
@@ -202,7 +206,7 @@ class _Trainer:
         holes: set[str] = set()
         digest = hashlib.blake2b(digest_size=16)
         for data in (self.data, *([] if self.judged is self.data else [self.judged])):
-            for indices in torch.arange(len(data)).split(_CHUNK):
+            for indices in torch.arange(len(data)).split(self.chunk):
                 taken = data.take(indices)
                 holes.update(holes_in(prepare(self.vae, taken)))
                 for name in sorted(taken):
@@ -330,7 +334,7 @@ class _Trainer:
     def _validate(self) -> float:
         """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
         rows, size = len(self.held_out), self.processes.size
-        chunks = self.held_out.split(min(_CHUNK, math.ceil(rows / self.config.shards)))
+        chunks = self.held_out.split(min(self.chunk, math.ceil(rows / self.config.shards)))
         totals = torch.zeros(len(chunks), dtype=torch.float64, device=self.processes.device)
         with self._showing(self.averaged()), evaluating(self.vae):
             for number, indices in enumerate(chunks):

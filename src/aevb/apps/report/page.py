@@ -20,12 +20,13 @@ from aevb.apps.report.seen import SAMPLES, TABLE_DRAWS, look
 from aevb.apps.summary import ACTIVE_ABOVE, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run, write_atomically
 from aevb.config import InputError
+from aevb.data import SparseRows
 
 __all__ = ["write_report"]
 
 
 def write_report(
-    run: Run, summary: Summary, path: Path, *, test: Tensor, labels: Tensor | None = None,
+    run: Run, summary: Summary, path: Path, *, test: Tensor | SparseRows, labels: Tensor | None = None,
     image_shape: tuple[int, int] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
     seed: int = 0,
 ) -> None:  # fmt: skip
@@ -86,11 +87,11 @@ def write_report(
 
 
 def _check(
-    test: Tensor, labels: Tensor | None, image_shape: tuple[int, int] | None, columns: Sequence[str] | None
+    test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, int] | None, columns: Sequence[str] | None
 ) -> None:
     if test.ndim < 2 or not len(test):
         raise InputError(f"`test` must be (N, P) with at least one row; got shape {tuple(test.shape)}. Give the rows.")
-    width = test[0].numel()
+    width = test[:1].numel()
     if labels is not None and labels.shape != test.shape[:1]:
         raise InputError(
             f"`labels` must be ({len(test)},), one a row; got shape {tuple(labels.shape)}. Match the rows."

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from aevb.apps.report.drawing import Array
+from aevb.apps.summary import sizes
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating, prepare, terms
+from aevb.data import SparseRows
 
 __all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "evenly", "look"]
 
@@ -36,16 +38,16 @@ class Seen:
     sample_means: Array  # (M, P) mean of p(x | z) at the z of those draws
 
 
-def look(vae: VAE, test: Tensor, labels: Tensor | None, draws: int, seed: int) -> Seen:
+def look(vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int, seed: int) -> Seen:
     """Encode, reconstruct and sample."""
-    most = max(TILES, _ENTRIES // test[0].numel())
+    most = max(TILES, _ENTRIES // test[:1].numel())
     kept, draws = evenly(len(test), min(_POINTS, most)), min(draws, most)
     with torch.random.fork_rng(), evaluating(vae):
         torch.manual_seed(seed)
-        x = prepare(vae, {"x": test[kept.to(test.device)]})["x"]
+        x = prepare(vae, {"x": test[kept if isinstance(test, SparseRows) else kept.to(test.device)]})["x"]
         means = {node: d.mean for node, d in vae.posterior({"x": x}).items()}
         node = next(iter(means), None)
-        found, drawn = terms(vae, {"x": x}), vae.p.sample(draws)
+        found, drawn = terms(vae, {"x": x}), vae.p.sample(draws, sizes(vae, draws))
         return Seen(
             x=_array(x),
             total=len(test),
@@ -53,7 +55,9 @@ def look(vae: VAE, test: Tensor, labels: Tensor | None, draws: int, seed: int) -
             node=node,
             codes=_array(means[node]) if node else np.zeros((len(x), 0)),
             kl=_array(found.node_kl(node).flatten(0, -2).mean(0))[:, 0] if node else np.zeros(0),
-            reconstruction=_mean_of_x(vae.p, {"x": x, **means}, len(x)),
+            reconstruction=_mean_of_x(
+                vae.p, {"x": x, **means, **vae.computed({"x": x, **means}, tuple(means))}, len(x)
+            ),
             samples=_array(drawn["x"]),
             sample_means=_mean_of_x(vae.p, drawn, draws),
         )

@@ -2,7 +2,7 @@
 
 from aevb.apps.summary.finding import Finding
 from aevb.apps.summary.findings import of_annealing, of_calibration, of_checks, of_gaps, of_information
-from aevb.apps.summary.record import ACTIVE_ABOVE, DENSITIES, UNTRUSTED_ABOVE, Summary, summarize, weights_of
+from aevb.apps.summary.record import ACTIVE_ABOVE, DENSITIES, UNTRUSTED_ABOVE, Summary, sizes, summarize, weights_of
 
 __all__ = [
     "ACTIVE_ABOVE",
@@ -15,6 +15,7 @@ __all__ = [
     "of_checks",
     "of_gaps",
     "of_information",
+    "sizes",
     "summarize",
     "weights_of",
 ]

@@ -17,17 +17,22 @@ from torch import Tensor
 from aevb._shapes import Values
 from aevb.apps.summary.finding import Finding
 from aevb.bayesnet import VAE
+from aevb.bounds import evaluating, prepare
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
+from aevb.data import SparseRows
 from aevb.evaluate import Marginal, active_units
 from aevb.evaluate.latents import ACTIVE_ABOVE
+from aevb.evaluate.stream import digest_of
+from aevb.nets import LogTotal
 
-__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "summarize", "weights_of"]
+__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "sizes", "summarize", "weights_of"]
 
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
 DENSITIES = ("normal", "student-t")
 """Likelihoods that are densities in the data's units; the others are probabilities."""
+_GIVEN = "{}, computed of x itself: compare with models that are given it, too, and with no other log p(x)"
 _LEAST_FOR_K = 25  # a fifth of the draws is the tail, and five points are the least a fit is made to
 
 
@@ -51,6 +56,7 @@ class Summary:
     data: str = ""  # what the rows are, their binarisation included
     weights: str = ""  # fingerprint of the weights that were evaluated
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
+    given: tuple[str, ...] = ()  # what p takes as given that is computed of x itself
     findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
 
     @property
@@ -62,7 +68,12 @@ class Summary:
     def headline(self) -> str:
         """The line that ends an evaluation."""
         error = f" ± {self.std_error:.2f}" if math.isfinite(self.std_error) else ""  # one row tells no spread
-        return f"{self.split} log p(x) = {self.log_prob:.2f}{error} nats ({self.samples} samples)"
+        return f"{self.split} log {self.quantity} = {self.log_prob:.2f}{error} nats ({self.samples} samples)"
+
+    @property
+    def quantity(self) -> str:
+        """What is estimated: p(x), or p(x | library)."""
+        return f"p(x | {', '.join(self.given)})" if self.given else "p(x)"
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
@@ -71,10 +82,11 @@ class Summary:
         kind = "product of both, by column, in the data's units" if self.likelihood == "mixed" else kind
         return [
             ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
-            *([("likelihood", f"{self.likelihood}: p(x) is a {kind}")] if self.likelihood else []),
+            *([("likelihood", f"{self.likelihood}: {self.quantity} is a {kind}")] if self.likelihood else []),
+            *([("given", _GIVEN.format(", ".join(self.given)))] if self.given else []),
             ("importance samples", f"{self.samples} a row, seed {self.seed}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
-            ("gap log p(x) - ELBO", f"{self.gap:.2f} nats"),
+            (f"gap log {self.quantity} - ELBO", f"{self.gap:.2f} nats"),
             *([("bound by draws", self._rise())] if len(self.curve) > 1 else []),
             ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
         ]
@@ -112,6 +124,7 @@ class Summary:
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         known: dict[str, Any] = {n: math.nan if value is None else value for n, value in fields.items() if n != "gap"}
+        known["given"] = tuple(known.get("given", ()))
         known["findings"] = {name: Finding.from_json(each) for name, each in known.get("findings", {}).items()}
         return cls(**known)
 
@@ -133,7 +146,7 @@ class Summary:
 
 
 def summarize(
-    vae: VAE, values: Values, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = ""
+    vae: VAE, values: Values | SparseRows, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = ""
 ) -> Summary:
     """Put `marginal`, the estimates of `values` under `vae`, into figures for all rows; finds the active dimensions."""
     rows = marginal.log_prob.shape[0]
@@ -144,7 +157,11 @@ def summarize(
             "model gives them no chance at all, and no mean can be told. Look at those rows and at the likelihood's "
             "support, or draw more samples."
         )
-    spread = {node: variance.flatten().tolist() for node, variance in active_units(vae, values).items()}
+    if isinstance(values, SparseRows):
+        units, features = _active_in_parts(vae, values), values.shape[1]
+    else:
+        units, features = active_units(vae, values), sum(value[0].numel() for value in values.values())
+    spread = {node: variance.flatten().tolist() for node, variance in units.items()}
     return Summary(
         split=split,
         rows=rows,
@@ -157,12 +174,22 @@ def summarize(
         untrusted=int((~(marginal.pareto_k <= UNTRUSTED_ABOVE)).sum()),
         active={node: [sum(v > ACTIVE_ABOVE for v in dims), len(dims)] for node, dims in spread.items()},
         latent_spread=spread,
-        features=sum(value[0].numel() for value in values.values()),
+        features=features,
         curve=[[count, float(bound.mean())] for count, bound in marginal.curve.items()],
         data=data,
         weights=weights_of(vae),
         likelihood=vae.config.likelihood if vae.config else "",
+        given=vae.context,
     )
+
+
+def sizes(vae: VAE, rows: int) -> dict[str, Tensor] | None:
+    """Library sizes to draw rows with, log-normal as those trained on, where the model takes them as given."""
+    if vae.context != ("library",):
+        return None
+    net = vae.q.conditional("library").net
+    assert isinstance(net, LogTotal)
+    return {"library": net.loc + net.scale * torch.randn(rows, 1)}
 
 
 def weights_of(vae: VAE) -> str:
@@ -173,9 +200,21 @@ def weights_of(vae: VAE) -> str:
     return digest.hexdigest()
 
 
-def _error_of_mean(values: Values, std_error: Tensor) -> float:
+def _active_in_parts(vae: VAE, rows: SparseRows) -> dict[str, Tensor]:
+    """As `active_units`, with one part of the rows dense at a time."""
+    with evaluating(vae):
+        parts = [vae.posterior(prepare(vae, rows.take(part))) for part in rows.split()]
+    return {node: torch.cat([each[node].mean for each in parts]).var(0, correction=0) for node in parts[0]}
+
+
+def _error_of_mean(values: Values | SparseRows, std_error: Tensor) -> float:
     """Monte-Carlo error of the mean over rows: equal rows share their draws, so that their errors add up whole."""
-    content = torch.cat([value.flatten(1).double().nan_to_num(math.pi) for value in values.values()], 1)
-    group = content.unique(dim=0, return_inverse=True)[1]
+    if isinstance(values, SparseRows):
+        digests = [digest_of(values.take(row), 0) for row in torch.arange(len(values)).split(1)]
+        known = {digest: i for i, digest in enumerate(dict.fromkeys(digests))}
+        group = torch.tensor([known[digest] for digest in digests])
+    else:
+        content = torch.cat([value.flatten(1).double().nan_to_num(math.pi) for value in values.values()], 1)
+        group = content.unique(dim=0, return_inverse=True)[1]
     sums = torch.zeros(int(group.max()) + 1, dtype=std_error.dtype).index_add(0, group, std_error)
     return float(sums.square().sum().sqrt()) / len(std_error)

@@ -1,0 +1,157 @@
+"""AnnData files, `.h5ad`: counts read sparse, results put beside them with nothing of the file lost.
+
+The layout is that of AnnData's file format: a matrix is a dataset, or a group of `data`, `indices` and `indptr` whose
+attributes tell its form and shape; `obs` and `var` are groups of columns, whose attribute `_index` names the one that
+holds the names. Results are appended to a copy of the file: what this module does not know stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from aevb.config import InputError
+from aevb.data.files import Part, Source, listed, opened, parsing
+from aevb.data.sparse import from_parts
+
+__all__ = ["SUFFIX", "read_h5ad", "write_h5ad"]
+
+SUFFIX = ".h5ad"
+_MATRIX = "X"
+
+
+def read_h5ad(path: Path, layer: str = "") -> Source:
+    """The matrix X of an AnnData file, or one of its layers, `raw` among them; columns have the names of `var`.
+
+    Raises:
+        InputError: If it is no such file, has no such matrix, or h5py is not installed.
+    """
+    h5py = _h5py()
+    with opened(path):
+        pass
+    with parsing(f"`{path}`", "an AnnData file"), h5py.File(path, "r") as file:
+        where = f"`{path}`" + (f", layer `{layer}`" if layer else "")
+        home = file["raw"] if layer == "raw" and "raw" in file else file
+        place = _MATRIX if layer in ("", "raw") else f"layers/{layer}"
+        if "obs" not in file or "var" not in home or place not in home or (layer == "raw" and home is file):
+            had = [*file.get("layers", {}), *(["raw"] if "raw" in file else [])]
+            raise InputError(
+                f"`{path}` has no {f'layer `{layer}`' if layer else 'matrix X with obs and var'}; its layers are: "
+                f"{listed(had) if had else 'none'}. Name one of them with --layer, or write the file with AnnData."
+            )
+        names = _names(home["var"], where)
+        return Source(name=path.name, train=Part(where=where, values=_matrix(home[place], where), columns=names,
+                                                 named=names is not None))  # fmt: skip
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(
+            "`.h5ad` files need h5py, which is not installed. Install it: pip install 'aevb[counts]'."
+        ) from None
+    return h5py
+
+
+def _matrix(stored: Any, where: str) -> Any:
+    if not hasattr(stored, "keys"):
+        return np.asarray(stored)
+    told = stored.attrs.get("encoding-type", stored.attrs.get("h5sparse_format", ""))
+    form = str(told.decode() if isinstance(told, bytes) else told).removesuffix("_matrix")
+    shape = stored.attrs["shape"] if "shape" in stored.attrs else stored.attrs["h5sparse_shape"]
+    parts: dict[str, NDArray[Any]] = {name: stored[name][:] for name in ("data", "indices", "indptr")}
+    return from_parts({**parts, "shape": np.asarray(shape)}, form, where)
+
+
+def _names(var: Any, where: str) -> tuple[str, ...] | None:
+    """Names of the columns; none where the file is of the time before AnnData 0.7."""
+    if "_index" not in getattr(var, "attrs", {}) or not hasattr(var, "keys"):
+        return None
+    stored = var[var.attrs["_index"]]
+    if hasattr(stored, "keys"):  # a nullable array of strings
+        stored = stored["values"]
+    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in stored[:])
+    if len(set(names)) < len(names):
+        double = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(names) < 10_000 else []
+        raise InputError(
+            f"{where} has names of var more than once{f' ({listed(double)})' if double else ''}; columns are matched "
+            "by name. Make them unique: adata.var_names_make_unique()."
+        )
+    return names
+
+
+def write_h5ad(
+    source: Path, out: Path, *, obsm: Mapping[str, NDArray[Any]] | None = None,
+    obs: Mapping[str, NDArray[Any]] | None = None,
+) -> None:  # fmt: skip
+    """A copy of an AnnData file with results beside what it holds; whole, or not at all.
+
+    Args:
+        source: The file that was read.
+        out: File to write.
+        obsm: Arrays `(N, D)` by name, for `.obsm`.
+        obs: Arrays `(N,)` by name, for `.obs`.
+
+    Raises:
+        InputError: If a name is taken, the number of rows differs, or the disk refuses; nothing is written then.
+    """
+    h5py = _h5py()
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        try:
+            shutil.copyfile(source, partial)
+            with parsing(f"`{source}`", "an AnnData file"), h5py.File(partial, "r+") as file:
+                _append(file, source, dict(obsm or {}), dict(obs or {}))
+            with open(partial, "rb+") as written:
+                os.fsync(written.fileno())
+            os.rename(partial, out)
+        except OSError as error:
+            raise InputError(f"`{out}` cannot be written: {error.strerror or error}. Free some space.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _append(file: Any, source: Path, obsm: dict[str, Any], obs: dict[str, Any]) -> None:
+    table = file["obs"]
+    if "column-order" not in getattr(table, "attrs", {}):
+        raise InputError(
+            f"`{source}` is of the time before AnnData 0.7, to which nothing can be added. Read and write it with a "
+            "newer AnnData first."
+        )
+    rows = len(_names_of_rows(table))
+    for kind, given in (("obsm", obsm), ("obs", obs)):
+        for name, values in given.items():
+            if kind in file and name in file[kind]:
+                raise InputError(
+                    f"`{source}` has .{kind}['{name}'] already; nothing is overwritten unasked. Take it out first, or "
+                    "start from the file without it."
+                )
+            assert len(values) == rows, f"{len(values)} results for {rows} rows"
+    if "obsm" not in file:
+        _encoded(file.create_group("obsm"), "dict", "0.1.0")
+    for name, values in obsm.items():
+        _encoded(file["obsm"].create_dataset(name, data=values), "array", "0.2.0")
+    for name, values in obs.items():
+        _encoded(table.create_dataset(name, data=values), "array", "0.2.0")
+    if obs:
+        import h5py
+
+        order = [name.decode() if isinstance(name, bytes) else str(name) for name in table.attrs["column-order"]]
+        table.attrs.create("column-order", np.array([*order, *obs], dtype=object), dtype=h5py.string_dtype())
+
+
+def _names_of_rows(table: Any) -> Any:
+    stored = table[table.attrs["_index"]]
+    return stored["values"] if hasattr(stored, "keys") else stored
+
+
+def _encoded(made: Any, form: str, version: str) -> None:
+    made.attrs["encoding-type"], made.attrs["encoding-version"] = form, version
