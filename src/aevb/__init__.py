@@ -68,7 +68,18 @@ if TYPE_CHECKING:
     )
     from aevb.factors import Disentanglement, disentanglement
     from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-    from aevb.nets import MLP, Columns, ConvNet, Fixed, Holes, ParametricMLP, Rows, Standardize, TransposedConvNet
+    from aevb.nets import (
+        MLP,
+        Columns,
+        ConvNet,
+        Evidence,
+        Fixed,
+        Holes,
+        ParametricMLP,
+        Rows,
+        Standardize,
+        TransposedConvNet,
+    )
     from aevb.training import fit
 
 _HOMES = {
@@ -109,6 +120,7 @@ _HOMES = {
         "NegativeBinomial",
         "Normal",
         "Poisson",
+        "ProductNormal",
         "StandardNormal",
         "StudentT",
         "VampPrior",
@@ -158,6 +170,7 @@ _HOMES = {
     "nets": (
         "Columns",
         "ConvNet",
+        "Evidence",
         "Fixed",
         "Holes",
         "MLP",
@@ -193,6 +206,7 @@ __all__ = [
     "DiagonalNormal",
     "DiscretizedLogistic",
     "Disentanglement",
+    "Evidence",
     "Fixed",
     "FlowPrior",
     "FullNormal",
@@ -214,6 +228,7 @@ __all__ = [
     "PlanarFlow",
     "Poisson",
     "PredictiveCheck",
+    "ProductNormal",
     "Rows",
     "Run",
     "SplineFlow",
