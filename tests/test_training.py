@@ -563,8 +563,9 @@ def test_fully_observed_model_is_fitted_by_maximum_likelihood(double) -> None:
     torch.testing.assert_close(d.stddev, x.std(0, correction=0), rtol=0, atol=1e-4)
 
 
-def test_validation_rows_of_ones_own_choose_the_weights():
-    """All of the data are trained on; the ELBO that is reported is that of the rows given, under the kept weights."""
+@pytest.mark.parametrize(("objective", "draws"), [("elbo", 1), ("iwae", 8)])
+def test_validation_rows_of_ones_own_choose_the_weights(objective, draws):
+    """All of the data are trained on; the bound that is reported is that of the rows given, under the kept weights."""
     torch.manual_seed(0)
     x = torch.randn(60, 3)
     other = 3 * torch.randn(40, 3)
@@ -579,13 +580,14 @@ def test_validation_rows_of_ones_own_choose_the_weights():
             seen.update(indices.tolist())
             return {"x": x[indices]}
 
-    config = TrainConfig(steps=20, batch_size=20, validate_every=10, log_every=10, average=0.0)
-    run = aevb.fit(vae, Watched(), config, validation={"x": other})
+    config = TrainConfig(steps=20, batch_size=20, validate_every=10, log_every=10, average=0.0, samples=draws)
+    run = aevb.fit(vae, Watched(), config, objective=objective, validation={"x": other})
     assert seen == set(range(60))
     best = max(record["validation"] for record in run.history)
+    bound = aevb.elbo if objective == "elbo" else aevb.iwae
     with torch.no_grad():
-        again = torch.stack([aevb.elbo(vae, {"x": other}).mean() for _ in range(200)])
-    # One draw a row made the figure: 4 of its standard errors.
+        again = torch.stack([bound(vae, {"x": other}, draws).mean() for _ in range(200)])
+    # So many draws a row made the figure: 4 of its standard errors.
     assert abs(best - float(again.mean())) < 4 * float(again.std())
 
 

@@ -53,7 +53,8 @@ def fit(
     r"""Maximise a bound on :math:`\sum_n \log p(x_n)` by stochastic gradient ascent (AEVB, the notes' Algorithm 1).
 
     The loss of a step is minus the mean bound of its rows, an unbiased estimate of 1/N of the data set's. Rows held out
-    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO.
+    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO, or
+    by the importance-weighted bound, with as many draws, where that is the objective.
 
     Args:
         vae: Model, trained in place; left with the kept weights.
@@ -274,17 +275,27 @@ class _Trainer:
         return in_row
 
     def _validate(self) -> float:
-        """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
+        """Bound of the held-out rows under the averaged weights, with the same draws each time; keeps the best.
+
+        Of a q trained by iwae the ELBO may fall while its own bound rises: it would keep the first weights.
+        """
+        weighted = self.inner.objective == "iwae"
+        draws = self.config.samples if weighted else 1
         with self._showing(self.averaged()), evaluating(self.vae):
             total = 0.0
-            for number, indices in enumerate(self.held_out.split(_CHUNK)):
+            for number, indices in enumerate(self.held_out.split(max(1, _CHUNK // draws))):
                 self._seed("validation", number)
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
-                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=len(self.training)
-                )
-                total += float(found.weighted().expand(1, len(indices)).sum())
+                    self.vae, values, draws, kl="sampled" if weighted else "auto", holes=holes_in(values),
+                    discrete=discrete, data_size=len(self.training),
+                )  # fmt: skip
+                shape = (draws, len(indices))
+                if weighted:
+                    total += float((found.log_weights().expand(shape).logsumexp(0) - math.log(draws)).sum())
+                else:
+                    total += float(found.weighted().expand(shape).sum())
             bound = total / len(self.held_out)
             if bound > self.best_bound:
                 self.best_bound, self.stale = bound, 0
