@@ -5,6 +5,7 @@ Where a comparison is of Monte Carlo with a closed form, it allows four standard
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -14,7 +15,21 @@ from scipy import stats
 from torch import Tensor, nn
 
 import aevb
-from aevb import MLP, VAE, BayesNet, Bernoulli, Categorical, DiagonalNormal, Holes, InputError, Normal, StandardNormal
+from aevb import (
+    MLP,
+    VAE,
+    BayesNet,
+    Bernoulli,
+    Categorical,
+    Columns,
+    DiagonalNormal,
+    Evidence,
+    Holes,
+    InputError,
+    Normal,
+    ProductNormal,
+    StandardNormal,
+)
 from gaussians import factorized, likelihood
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -201,6 +216,80 @@ def test_an_exact_q_wastes_no_draw():
     vae.q.conditional("z").net = Holes(vae.q.conditional("z").net)
     found = aevb.impute(vae, {"x": torch.tensor([[1.0, math.nan, -0.5]])}, 500)
     assert float(found.ess) == pytest.approx(500)
+
+
+def silent(net: MLP) -> MLP:
+    """A net that says 0."""
+    with torch.no_grad():
+        net.last.weight.zero_()
+        net.last.bias.zero_()
+    return net
+
+
+def test_a_product_is_the_posterior_for_every_pattern_of_holes():
+    """A factor for each known entry, w_j / s and (x_j - b_j) / s: 16 patterns of a factor analysis with unequal noise.
+
+    q is N(m, C) with C^-1 = I + sum of w_j w_j^T / s_j^2 over what is known, and no draw is worth more than another:
+    every log-weight is log p of the known entries, to rounding.
+    """
+    torch.manual_seed(0)
+    d, k = 4, 3
+    w, b, s = torch.randn(d, k), torch.randn(d), torch.tensor([0.5, 1.0, 0.05, 2.0])
+    evidence = Evidence(silent(MLP(2 * d, [5], 2 * k)), [1] * d, k)
+    with torch.no_grad():
+        evidence.weight.copy_(w / s.unsqueeze(1))
+        evidence.slope.copy_(1 / s)
+        evidence.offset.copy_(b / s)
+    decoder = likelihood(w, b, 1.0)
+    decoder = Normal(decoder.net, d, "dimension")
+    with torch.no_grad():
+        decoder.raw_noise.copy_(s.expm1().log())
+    q = ProductNormal(Holes(evidence), k, d)
+    vae = VAE(BayesNet({"z": StandardNormal(k), "x | z": decoder}), BayesNet({"z | x": q}))
+    known = torch.tensor(list(itertools.product([True, False], repeat=d)))
+    x = torch.where(known, torch.randn(len(known), d), torch.nan)
+    found = vae.posterior({"x": x})["z"]
+    cov = w @ w.T + s.square().diag()
+    log_weights = aevb.log_weights(vae, {"x": x}, 7)
+    for row, seen in enumerate(known):
+        joint = torch.cat([torch.cat([torch.eye(k), w.T], 1), torch.cat([w, cov], 1)])
+        whole = torch.cat([torch.full((k,), torch.nan), x[row]])
+        value = torch.where(torch.cat([torch.zeros(k).bool(), ~seen]), 0.0, whole)
+        keep = torch.cat([torch.ones(k).bool(), seen])
+        mean, spread = conditional_law(torch.cat([torch.zeros(k), b])[keep], joint[keep][:, keep], value[keep])
+        torch.testing.assert_close(found.mean[row], mean)
+        torch.testing.assert_close(found.covariance_matrix[row], spread)
+        exact = stats.multivariate_normal(b[seen], cov[seen][:, seen]).logpdf(x[row, seen]) if seen.any() else 0.0
+        torch.testing.assert_close(log_weights[:, row], torch.full((7,), float(exact)))
+
+
+def test_a_missing_category_says_nothing():
+    """Under `Columns` a column's inputs, one for each category, come and go together."""
+    torch.manual_seed(0)
+    kinds = ("continuous", "categorical:3")
+    q = ProductNormal(Columns(Evidence(silent(MLP(6, [5], 4)), [1, 3], 2), kinds), 2, 4)
+    x = torch.tensor([[0.5, math.nan], [math.nan, 2.0], [math.nan, math.nan]])
+    found = q(x)
+    evidence = q.net.net
+    for row, (at, shown) in enumerate([([0], [0.5]), ([1, 2, 3], [0.0, 0.0, 1.0]), ([], [])]):
+        w, t = evidence.weight[at], evidence.slope[at] * torch.tensor(shown) - evidence.offset[at]
+        cov = torch.linalg.inv(torch.eye(2) + w.T @ w)
+        torch.testing.assert_close(found.covariance_matrix[row], cov)
+        torch.testing.assert_close(found.mean[row], cov @ w.T @ t)
+
+
+def test_to_evidence_of_complete_rows_a_hole_is_average():
+    """What the net is told of holes has no weight before one was seen; the factors of holes are gone all the same."""
+    torch.manual_seed(0)
+    evidence = Evidence(MLP(6, [5], 4), [1, 1, 1], 2)
+    shown, known = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[1.0, 0.0, 1.0]])
+    holed, whole = evidence(shown, known), evidence(shown, torch.ones(1, 3))
+    torch.testing.assert_close(holed[:, -4:], whole[:, -4:])
+    assert not holed[0, 2:4].any()
+    assert whole[0, 2:4].all()
+    assert holed[0, 7] == 0
+    with pytest.raises(InputError, match="Evidence takes 3 inputs and 3 numbers"):
+        evidence(shown)
 
 
 def test_what_is_refused():

@@ -32,6 +32,7 @@ from aevb import (
     LearnedNormal,
     MixtureOfNormals,
     Normal,
+    ProductNormal,
     StandardNormal,
     VampPrior,
     distributions,
@@ -62,7 +63,7 @@ from aevb.distributions import (
 
 pytestmark = pytest.mark.usefixtures("double")
 
-D, ROWS = 2, 3
+D, ROWS, FACTORS = 2, 3, 4
 ROUNDING = 1e-10
 LOC, SCALE = (3.0, -40.0), (0.5, 20.0)  # units of data that are not standardised
 
@@ -207,6 +208,16 @@ def full(module: nn.Module, out: np.ndarray) -> Oracle:
     return Joint(out[:D], factor @ factor.T)
 
 
+def product(module: nn.Module, out: np.ndarray) -> Oracle:
+    """Bayesian regression of t on w with unit noise; its square root by solving for the precision's columns."""
+    w, t, shift, raw = np.split(out, np.cumsum([FACTORS * D, FACTORS, D]))
+    w = w.reshape(FACTORS, D)
+    cov = np.linalg.inv(np.eye(D) + w.T @ w)
+    factor = np.linalg.cholesky(cov)
+    scaled = factor * softplus(raw + np.log(np.e - 1))
+    return Joint(cov @ w.T @ t + factor @ shift, scaled @ scaled.T)
+
+
 def normal(module: nn.Module, out: np.ndarray) -> Oracle:
     raw = out[D:] if module.noise == "datum" else module.raw_noise.detach().numpy() * np.ones(D)
     sigma = softplus(raw) + (0.0 if module.floor is None else module.floor.numpy())
@@ -332,6 +343,7 @@ CASES = {
     "DiagonalNormal": Case(lambda: DiagonalNormal(net(2 * D)), (3,), diagonal),
     "DiagonalNormal, two parents": Case(lambda: DiagonalNormal(net(2 * D)), (2, 1), diagonal),
     "FullNormal": Case(lambda: FullNormal(net(2 * D + D * D), D), (3,), full),
+    "ProductNormal": Case(lambda: ProductNormal(net(FACTORS * (D + 1) + 2 * D), D, FACTORS), (3,), product),
     "Normal, global": Case(lambda: Normal(net(D), D, "global"), (3,), normal),
     "Normal, dimension": Case(lambda: Normal(net(D), D, "dimension"), (3,), normal),
     "Normal, datum": Case(lambda: Normal(net(2 * D), D, "datum"), (3,), normal),
@@ -404,7 +416,7 @@ DRAWN = [
 ]  # with a reparameterization
 DISCRETE = [name for name, case in CASES.items() if case.states]
 GAUSSIAN = [name for name in DRAWN if CASES[name].oracle is not student]  # drawn from standard normals
-FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, chain, mixture, vamp)]
+FACTORIZED = [name for name, case in CASES.items() if case.oracle not in (full, product, chain, mixture, vamp)]
 
 
 def units() -> tuple[Tensor, Tensor]:
@@ -799,6 +811,7 @@ def test_no_closed_kl_is_claimed_for_other_families():
 POSTERIORS = {
     "DiagonalNormal": (lambda: DiagonalNormal(nn.Identity()), 2 * D),
     "FullNormal": (lambda: FullNormal(nn.Identity(), D), 2 * D + D * D),
+    "ProductNormal": (lambda: ProductNormal(nn.Identity(), D, FACTORS), FACTORS * (D + 1) + 2 * D),
 }
 
 
@@ -826,7 +839,7 @@ def test_gradients_of_draws_match_the_score_function(name):
     difference = pathwise - score
     assert bool((difference.mean(0).abs() <= 4 * difference.std(0) / draws**0.5).all())
     moved = pathwise.abs().amax(0) > 0
-    assert int(moved.sum()) == (2 * D if name == "DiagonalNormal" else 2 * D + D * (D - 1) // 2)
+    assert int(moved.sum()) == width - (D * (D + 1) // 2 if name == "FullNormal" else 0)
 
 
 def test_the_variance_of_the_score_function_is_the_larger():
@@ -1062,6 +1075,8 @@ def test_frequencies_of_autoregressive_draws():
         (lambda: StudentT(net(2), 2, "row"), "noise"),
         (lambda: Normal(net(2), 2, floor=-0.1), "floor"),
         (lambda: StudentT(net(2), 2, floor=math.inf), "floor"),
+        (lambda: ProductNormal(net(9), 2, 2), "width F D \\+ F \\+ 2 D = 10 for D = 2 and F = 2"),
+        (lambda: ProductNormal(nn.Identity(), 2, 2)(torch.zeros(1, 9)), "width 10"),
         (lambda: NegativeBinomial(net(2), 2, "datum"), "width 4"),
         (lambda: NegativeBinomial(nn.Identity(), 2)(torch.zeros(1, 1)), "width 2"),
         (lambda: NegativeBinomial(net(2), 2, "row"), "dispersion"),

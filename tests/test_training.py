@@ -23,6 +23,7 @@ from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, Standa
 from aevb._compiler import can_compile
 from aevb.training import OBJECTIVES, tiers
 from aevb.training.loop import _Trainer
+from aevb.training.schedules import kl_weight, learning_rate
 from aevb.training.step import Step
 from aevb.training.tiers import Tiers, wanted_tier
 from aevb.training.updates import OptimizerState, update_eagerly, update_traced
@@ -179,12 +180,11 @@ def test_same_seed_same_weights_other_seed_others() -> None:
 
 def test_kl_warmup_and_learning_rate_schedule() -> None:
     config = TrainConfig(steps=100, warmup_steps=10, kl_warmup_steps=20, learning_rate=1.0)
-    trainer = _Trainer(_model(), {"x": _rows()}, config, "elbo", None, {})
-    assert trainer._rate(0) == pytest.approx(0.1)
-    assert trainer._rate(9) == pytest.approx(1.0)
-    assert trainer._rate(55) == pytest.approx(0.5)
-    assert trainer._rate(99) < 1e-3
-    assert [trainer._kl_weight(step) for step in (0, 10, 20, 99)] == [0.0, 0.5, 1.0, 1.0]
+    assert learning_rate(config, 0) == pytest.approx(0.1)
+    assert learning_rate(config, 9) == pytest.approx(1.0)
+    assert learning_rate(config, 55) == pytest.approx(0.5)
+    assert learning_rate(config, 99) < 1e-3
+    assert [kl_weight(config, step) for step in (0, 10, 20, 99)] == [0.0, 0.5, 1.0, 1.0]
 
 
 def test_history_reports_the_bound_whatever_the_kl_weight() -> None:
@@ -584,8 +584,9 @@ def test_fully_observed_model_is_fitted_by_maximum_likelihood(double) -> None:
     torch.testing.assert_close(d.stddev, x.std(0, correction=0), rtol=0, atol=1e-4)
 
 
-def test_validation_rows_of_ones_own_choose_the_weights():
-    """All of the data are trained on; the ELBO that is reported is that of the rows given, under the kept weights."""
+@pytest.mark.parametrize(("objective", "draws"), [("elbo", 1), ("iwae", 8)])
+def test_validation_rows_of_ones_own_choose_the_weights(objective, draws):
+    """All of the data are trained on; the bound that is reported is that of the rows given, under the kept weights."""
     torch.manual_seed(0)
     x = torch.randn(60, 3)
     other = 3 * torch.randn(40, 3)
@@ -600,13 +601,14 @@ def test_validation_rows_of_ones_own_choose_the_weights():
             seen.update(indices.tolist())
             return {"x": x[indices]}
 
-    config = TrainConfig(steps=20, batch_size=20, validate_every=10, log_every=10, average=0.0)
-    run = aevb.fit(vae, Watched(), config, validation={"x": other})
+    config = TrainConfig(steps=20, batch_size=20, validate_every=10, log_every=10, average=0.0, samples=draws)
+    run = aevb.fit(vae, Watched(), config, objective=objective, validation={"x": other})
     assert seen == set(range(60))
     best = max(record["validation"] for record in run.history)
+    bound = aevb.elbo if objective == "elbo" else aevb.iwae
     with torch.no_grad():
-        again = torch.stack([aevb.elbo(vae, {"x": other}).mean() for _ in range(200)])
-    # One draw a row made the figure: 4 of its standard errors.
+        again = torch.stack([bound(vae, {"x": other}, draws).mean() for _ in range(200)])
+    # So many draws a row made the figure: 4 of its standard errors.
     assert abs(best - float(again.mean())) < 4 * float(again.std())
 
 

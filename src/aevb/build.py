@@ -26,6 +26,7 @@ from aevb.conditionals import (
     NegativeBinomial,
     Normal,
     Poisson,
+    ProductNormal,
     StandardNormal,
     StudentT,
     VampPrior,
@@ -34,7 +35,7 @@ from aevb.conditionals import (
 from aevb.conditionals.mixed import log_levels
 from aevb.config import InputError, Kind, ModelConfig
 from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-from aevb.nets import MLP, Columns, Holes, LogTotal, Standardize
+from aevb.nets import MLP, Columns, Evidence, Holes, LogTotal, Standardize
 
 __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
@@ -197,6 +198,18 @@ def _full(config: ModelConfig, start: _Start) -> nn.Module:
     return FullNormal(_encoder(config, 2 * config.latents + config.latents**2, start), config.latents)
 
 
+def _product(config: ModelConfig, start: _Start) -> nn.Module:
+    inputs = [Kind.parse(kind).inputs for kind in config.kinds] or [1] * config.features
+    net = _mlp(config, sum(inputs) + len(inputs), config.hidden, 2 * config.latents)
+    shown = Evidence(net, inputs, config.latents)
+    encoder = (
+        Columns(shown, config.kinds, start.mean, start.scale)
+        if config.kinds
+        else Standardize(Holes(shown), start.mean, start.scale)
+    )
+    return ProductNormal(encoder, config.latents, sum(inputs))
+
+
 def _planar(config: ModelConfig, start: _Start) -> nn.Module:
     width = PlanarFlow.width(config.latents, config.flow_layers)
     return PlanarFlow(_encoder(config, width, start), config.latents, config.flow_layers)
@@ -222,6 +235,7 @@ def _spline(config: ModelConfig, start: _Start) -> nn.Module:
 POSTERIORS: dict[str, Callable[[ModelConfig, _Start], nn.Module]] = {
     "diagonal": _diagonal,
     "full": _full,
+    "product": _product,
     "planar": _planar,
     "sylvester": _sylvester,
     "iaf": _iaf,

@@ -35,7 +35,7 @@ Likelihood = Literal[
     "zero-inflated", "discretized-logistic", "mixed",
 ]  # fmt: skip
 Prior = Literal["standard", "learned", "mixture", "vamp", "flow"]
-Posterior = Literal["diagonal", "full", "planar", "sylvester", "iaf", "spline"]
+Posterior = Literal["diagonal", "full", "product", "planar", "sylvester", "iaf", "spline"]
 Net = Literal["plain", "gated", "residual"]
 Activation = Literal["tanh", "relu", "softplus", "silu", "gelu"]
 Noise = Literal["global", "dimension", "datum"]
@@ -191,7 +191,8 @@ class ModelConfig(_Checked):
     batch_norm: bool = False
     """Normalise every hidden layer over the batch."""
     posterior: Posterior = "diagonal"
-    """Family of q(z | x): a Gaussian, or one bent by a normalizing flow."""
+    """Family of q(z | x): a Gaussian, factorized, with full covariance, or the product of what each known column says;
+    or one bent by a normalizing flow."""
     flow_layers: int = 4
     """Layers of the flow, in posterior and prior."""
     holes: bool = False
@@ -238,9 +239,10 @@ class ModelConfig(_Checked):
             )
         if self.library != "none" and self.holes:
             raise InputError("`library` is the sum of a row's counts, which rows with holes do not tell. Drop one.")
-        if self.prior == "vamp" and self.posterior not in ("diagonal", "full"):
+        if self.prior == "vamp" and self.posterior not in ("diagonal", "full", "product"):
             raise InputError(
-                f"`prior` vamp is a mixture of Gaussian posteriors; got {self.posterior}. Use diagonal or full."
+                f"`prior` vamp is a mixture of Gaussian posteriors; got {self.posterior}. Use diagonal, full or "
+                "product."
             )
         if self.net == "gated" and self.activation != "silu":
             raise InputError("`activation` has no effect on gated layers, which bring their own. Drop it.")

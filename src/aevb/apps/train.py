@@ -129,6 +129,6 @@ def _tell_end(run: Run) -> None:
     kept = [record for record in run.history if "validation" in record]
     if kept:
         best = max(kept, key=lambda record: record["validation"])
-        print(f"kept the weights of step {best['step']} (validation ELBO {best['validation']:.2f} nats)")
+        print(f"kept the weights of step {best['step']} (validation bound {best['validation']:.2f} nats)")
     early = ", stopped early," if last["step"] < run.config.steps else ""
     print(f"trained {last['step']} steps{early} in {last['seconds']:.0f} s; saved in {run.path}")

@@ -18,7 +18,7 @@ from aevb.conditionals.likelihoods import (
     ZeroInflatedNegativeBinomial,
 )
 from aevb.conditionals.mixed import Mixed
-from aevb.conditionals.posteriors import DiagonalNormal, FullNormal, LadderNormal
+from aevb.conditionals.posteriors import DiagonalNormal, FullNormal, LadderNormal, ProductNormal
 from aevb.conditionals.priors import Categorical, LearnedNormal, MixtureOfNormals, StandardNormal, VampPrior
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "NegativeBinomial",
     "Normal",
     "Poisson",
+    "ProductNormal",
     "StandardNormal",
     "StudentT",
     "VampPrior",

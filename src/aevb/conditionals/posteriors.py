@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -13,7 +14,7 @@ from aevb.conditionals.form import check_out, check_width, independent
 from aevb.config import InputError
 from aevb.distributions import base_of
 
-__all__ = ["DiagonalNormal", "FullNormal", "LadderNormal"]
+__all__ = ["DiagonalNormal", "FullNormal", "LadderNormal", "ProductNormal"]
 
 
 @final
@@ -120,3 +121,57 @@ class LadderNormal(nn.Module):
         norm = torch.hypot(below_scale, above_scale)
         mean = loc * (above_scale / norm).square() + above_d.loc * (below_scale / norm).square()
         return independent(td.Normal(mean, below_scale * (above_scale / norm), validate_args=False))
+
+
+@final
+class ProductNormal(nn.Module):
+    r"""Gaussian with full covariance: N(0, I) times a Gaussian factor for each thing that is known, then corrected.
+
+    .. math:: N(z; \mu_0, L L^T) \propto N(z; 0, I) \prod_{i=1}^F N(t_i;\, w_i^T z,\, 1), \qquad
+        z = \mu_0 + L (\delta + \sigma \odot \epsilon)
+
+    with :math:`(w_1, ..., w_F, t, \delta, s) = \operatorname{net}(a)`, L lower triangular and
+    :math:`\sigma = \operatorname{softplus}(s + c)`, c such that s = 0 makes :math:`\sigma = 1`. Precisions add,
+    :math:`(L L^T)^{-1} = I + \sum_i w_i w_i^T` and :math:`\mu_0 = L L^T \sum_i t_i w_i`, so that a factor whose
+    :math:`w_i` is 0 is left out: `Evidence` does so with those of missing entries. For every pattern of them the
+    posterior of a linear-Gaussian model is one of these, at :math:`\delta = s = 0`.
+
+    Args:
+        net: Returns `(*, F D + F + 2 D)`: w factor by factor, t, :math:`\delta` and s.
+        dims: D.
+        factors: F.
+
+    Example:
+        >>> from aevb import MLP, Evidence, Holes
+        >>> net = Holes(Evidence(MLP(2 * 4, [8], 2 * 3), [1] * 4, 3))
+        >>> ProductNormal(net, 3, 4)(torch.tensor([[1.0, torch.nan, 0.0, 2.0]])).covariance_matrix.shape
+        torch.Size([1, 3, 3])
+    """
+
+    def __init__(self, net: nn.Module, dims: int, factors: int) -> None:
+        super().__init__()
+        self._width = factors * dims + factors + 2 * dims
+        rule = f"F D + F + 2 D = {self._width} for D = {dims} and F = {factors}"
+        check_width("ProductNormal", net, lambda width: width == self._width, rule)
+        self.net, self.dims, self.factors = net, dims, factors
+
+    def forward(self, *parents: Tensor) -> td.Distribution:
+        """Parents, `(*, D_i)` each."""
+        out = self.net(*parents)
+        check_out("ProductNormal", out, self._width)
+        # Double: beside the prior's precision of 1 there are those of columns with little noise, 1e6 and more.
+        parts = out.double().split([self.factors * self.dims, self.factors, self.dims, self.dims], dim=-1)
+        w, (t, shift, raw) = parts[0].unflatten(-1, (self.factors, self.dims)), parts[1:]
+        one = torch.eye(self.dims, dtype=w.dtype, device=w.device)
+        precision = w.mT @ w + one
+        # U U^T is the precision, U upper triangular: Cholesky's factor with the axes turned round. L is U^-T.
+        upper = torch.linalg.cholesky(precision.flip(-2, -1)).flip(-2, -1)
+        tril = torch.linalg.solve_triangular(upper.mT, one.expand_as(upper), upper=False)
+        told = (t.unsqueeze(-2) @ w @ tril).squeeze(-2)  # L^T sum_i t_i w_i, which L takes to mu_0
+        loc = (tril @ (told + shift).unsqueeze(-1)).squeeze(-1)
+        tril = tril * F.softplus(raw + _ONE).unsqueeze(-2)
+        return td.MultivariateNormal(loc.to(out), scale_tril=tril.to(out), validate_args=False)
+
+
+_ONE = math.log(math.expm1(1.0))
+"""What softplus turns into 1."""

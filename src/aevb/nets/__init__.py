@@ -8,13 +8,14 @@ from aevb.nets.convolutions import ConvNet, TransposedConvNet
 from aevb.nets.form import ACTIVATIONS
 from aevb.nets.mlp import MLP
 from aevb.nets.parametric import Fixed, ParametricMLP
-from aevb.nets.wrappers import Columns, Holes, LogTotal, Rows, Standardize
+from aevb.nets.wrappers import Columns, Evidence, Holes, LogTotal, Rows, Standardize
 
 __all__ = [
     "ACTIVATIONS",
     "MLP",
     "Columns",
     "ConvNet",
+    "Evidence",
     "Fixed",
     "Holes",
     "LogTotal",

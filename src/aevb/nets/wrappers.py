@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from aevb._shapes import by_rows, join
 from aevb.config import InputError, Kind
 
-__all__ = ["Columns", "Holes", "LogTotal", "Rows", "Standardize"]
+__all__ = ["Columns", "Evidence", "Holes", "LogTotal", "Rows", "Standardize"]
 
 
 @final
@@ -85,6 +86,65 @@ class Columns(nn.Module):
         spread, codes = (each.index_select(-1, self._source) for each in (numbers, parent))  # type: ignore[arg-type]
         shown = torch.where(self._single, spread, codes.eq(self._code).to(parent.dtype))  # type: ignore[arg-type]
         result: Tensor = self.net(torch.cat([shown, known.to(parent.dtype)], -1))
+        return result
+
+
+@final
+class Evidence(nn.Module):
+    r"""What each known column says of z, for `ProductNormal`, and what `net` says of the whole row.
+
+    Of column j, shown as the inputs :math:`u_i`, :math:`i \in I_j` (one, or one for each category), the factors are
+    :math:`w_i` and :math:`t_i = s_i u_i - b_i`, and zeros where j is missing; w, s and b are learned. Goes inside
+    `Holes` or `Columns`, which show a row in this form.
+
+    Args:
+        net: Takes the inputs, then 1 for each column that is missing, then further parents; returns `(*, 2 D)`. The
+            weights of an `MLP` for missing columns start at zero, and have no gradient before one is seen: to a net
+            trained on complete rows such an entry is an average one.
+        inputs: How many inputs show each of the P columns: `[1] * P` for `Holes`.
+        dims: D, of z.
+
+    Example:
+        >>> from aevb import MLP
+        >>> net = Evidence(MLP(2 * 3, [8], 2 * 2), [1, 1, 1], 2)
+        >>> net(torch.zeros(5, 3), torch.ones(5, 3)).shape == (5, 3 * 2 + 3 + 2 * 2)
+        True
+    """
+
+    def __init__(self, net: nn.Module, inputs: Sequence[int], dims: int) -> None:
+        super().__init__()
+        self.net, self.dims, self.inputs = net, dims, tuple(inputs)
+        count, columns = sum(inputs), len(inputs)
+        source = torch.arange(columns).repeat_interleave(torch.tensor(self.inputs))
+        self.register_buffer("_source", source, persistent=False)
+        # Together they say as much as the prior to start with: the trace of the precision they add is D.
+        self.weight = nn.Parameter(torch.randn(count, dims) / math.sqrt(count))
+        self.slope = nn.Parameter(torch.ones(count))
+        self.offset = nn.Parameter(torch.zeros(count))
+        first = next((module for module in net.modules() if isinstance(module, nn.Linear)), None)
+        if first is not None and first.in_features >= count + columns:
+            with torch.no_grad():
+                first.weight[:, count : count + columns].zero_()
+
+    @property
+    def outputs(self) -> int | None:
+        """Width of the result, where `net` knows it."""
+        width = getattr(self.net, "outputs", None)
+        return None if width is None else len(self.slope) * (self.dims + 1) + width
+
+    def forward(self, *parents: Tensor) -> Tensor:
+        """What is shown and what is known of the columns, side by side or apart; then further parents."""
+        joined, count = join(parents), len(self.slope)
+        shown, known, rest = joined.tensor_split([count, count + len(self.inputs)], dim=-1)
+        if known.shape[-1] != len(self.inputs):
+            raise InputError(
+                f"Evidence takes {count} inputs and {len(self.inputs)} numbers that tell which columns are known; got "
+                f"{joined.shape[-1]} in all. Put it inside Holes or Columns."
+            )
+        use = known.index_select(-1, self._source)  # type: ignore[arg-type]
+        w = (use.unsqueeze(-1) * self.weight).flatten(-2)
+        t = use * (self.slope * shown - self.offset)
+        result: Tensor = torch.cat([w, t, self.net(torch.cat([shown, 1 - known, rest], -1))], -1)
         return result
 
 

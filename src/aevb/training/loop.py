@@ -30,6 +30,7 @@ from aevb.config import Discrete, InputError, TrainConfig
 from aevb.training.batches import Arrays, Dataset, Order, key, split_blocks, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.processes import Processes, join
+from aevb.training.schedules import kl_weight, learning_rate
 from aevb.training.step import NOTHING, OBJECTIVES, Objective, Step, check_memory
 from aevb.training.tiers import Tiers, products, wanted_tier
 from aevb.training.updates import OptimizerState
@@ -59,7 +60,8 @@ def fit(
     r"""Maximise a bound on :math:`\sum_n \log p(x_n)` by stochastic gradient ascent (AEVB, the notes' Algorithm 1).
 
     The loss of a step is minus the mean bound of its rows, an unbiased estimate of 1/N of the data set's. Rows held out
-    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO.
+    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO, or
+    by the importance-weighted bound, with as many draws, where that is the objective.
 
     Started by torchrun or srun on several processes, each calls this alike, begins with the first one's weights, and is
     left with the same run; the first writes. Together they take the `config.shards` parts of every batch.
@@ -225,7 +227,7 @@ class _Trainer:
         with products(self.config.precision), self.tiers.ready() as take_step:
             began, dropped_in_row = time.monotonic() - self.seconds, 0
             while self.step < self.config.steps and not self.finished:
-                rate, weight = self._rate(self.step), self._kl_weight(self.step)
+                rate, weight = learning_rate(self.config, self.step), kl_weight(self.config, self.step)
                 # Reading a number back waits for the device: on a processor it costs nothing, elsewhere a log interval.
                 meter = self.inner.meter
                 look = self.reference.device.type == "cpu" or self.step % self.config.log_every == 0
@@ -290,23 +292,6 @@ class _Trainer:
             elif dims and ended and not whole:
                 _log.info("%s", told_dead(node, dims, self.inner.meter.groups[node]))
 
-    def _rate(self, step: int) -> float:
-        """Learning rate of the update after `step` updates."""
-        config = self.config
-        rise = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
-        if config.schedule == "constant":
-            return config.learning_rate * rise
-        through = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        return config.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * through))
-
-    def _kl_weight(self, step: int) -> float:
-        config = self.config
-        if not config.kl_warmup_steps:
-            return config.beta
-        length = config.steps // config.kl_cycles
-        since = step - min(step // length, config.kl_cycles - 1) * length
-        return config.beta * min(1.0, since / config.kl_warmup_steps)
-
     def _dropped(self, in_row: int, weight: float) -> int:
         """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
         if in_row == 1 or in_row >= _MOST_DROPPED:
@@ -332,9 +317,14 @@ class _Trainer:
         return "; ".join(filter(None, self.processes.tell("; ".join(told)))) or NOTHING
 
     def _validate(self) -> float:
-        """ELBO of the held-out rows under the averaged weights, with the same draws each time; keeps the best."""
+        """Bound of the held-out rows under the averaged weights, with the same draws each time; keeps the best.
+
+        Of a q trained by iwae the ELBO may fall while its own bound rises: it would keep the first weights.
+        """
+        weighted = self.inner.objective == "iwae"
+        draws = self.config.samples if weighted else 1
         rows, size = len(self.held_out), self.processes.size
-        chunks = self.held_out.split(min(self.chunk, math.ceil(rows / self.config.shards)))
+        chunks = self.held_out.split(max(1, min(self.chunk // draws, math.ceil(rows / self.config.shards))))
         totals = torch.zeros(len(chunks), dtype=torch.float64, device=self.processes.device)
         with self._showing(self.averaged()), evaluating(self.vae):
             for number, indices in enumerate(chunks):
@@ -344,15 +334,21 @@ class _Trainer:
                 values = self._take(self.judged, indices)
                 discrete: Discrete = "sum" if self.config.discrete == "sum" else "sample"
                 found = terms(
-                    self.vae, values, 1, holes=holes_in(values), discrete=discrete, data_size=self.order.count
-                )
-                totals[number] = float(found.weighted().expand(1, len(indices)).sum())
+                    self.vae, values, draws, kl="sampled" if weighted else "auto", holes=holes_in(values),
+                    discrete=discrete, data_size=self.order.count,
+                )  # fmt: skip
+                shape = (draws, len(indices))
+                if weighted:
+                    per_row = found.log_weights().expand(shape).logsumexp(0) - math.log(draws)
+                else:
+                    per_row = found.weighted().expand(shape)
+                totals[number] = float(per_row.sum())
             # Each chunk comes from one process and is added to zeros, so that the sum has the same bits for any number.
             bound = float(sum(self.processes.sum_(totals).tolist()) / rows)
             if bound > self.best_bound:
                 self.best_bound, self.stale = bound, 0
                 self.best = _copy(self.vae)
-            elif self._kl_weight(self.step) >= self.config.beta:
+            elif kl_weight(self.config, self.step) >= self.config.beta:
                 self.stale += 1
                 self.finished = 0 < self.config.patience <= self.stale
         return bound

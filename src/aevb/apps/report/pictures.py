@@ -28,7 +28,7 @@ def curves(run: Run) -> dict[str, Any]:
         key: [(r["step"], r[key]) for r in run.history if math.isfinite(r.get(key, math.nan))]
         for key in ("bound", "objective", "validation", "reconstruction", "kl")
     }
-    bound = {"bound, training": series["bound"], "ELBO, validation": series["validation"]}
+    bound = {"bound, training": series["bound"], "bound, validation": series["validation"]}
     pairs = [(r.get("objective", math.nan), r.get("bound", math.nan)) for r in run.history]
     if differs := any(abs(aim - own) > 1e-4 * abs(own) for aim, own in pairs):
         bound["objective, training"] = series["objective"]
