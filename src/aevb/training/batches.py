@@ -16,7 +16,7 @@ from torch import Tensor
 from aevb._shapes import rows_of
 from aevb.config import InputError, TrainConfig
 
-__all__ = ["WINDOW", "Arrays", "Dataset", "Order", "key", "split_blocks", "split_rows"]
+__all__ = ["WINDOW", "Arrays", "Dataset", "Order", "dataset", "key", "split_blocks", "split_rows"]
 
 WINDOW = 8
 """Blocks whose rows are shuffled among one another."""
@@ -61,6 +61,11 @@ class Arrays:
         return {name: value.index_select(0, indices.to(value.device)) for name, value in self.values.items()}
 
 
+def dataset(data: Mapping[str, Any] | Dataset) -> Dataset:
+    """What `fit` was given, as rows by index; a tensor, which has `len` and `take` of another kind, is refused."""
+    return data if isinstance(data, Dataset) and not isinstance(data, Tensor) else Arrays(data)
+
+
 class Order:
     """An endless stream of permutations of some rows, each drawn from (seed, epoch), cut into batches of one size.
 
@@ -88,7 +93,7 @@ class Order:
     def _window(self, epoch: int, place: int) -> tuple[int, Tensor]:
         """The permuted rows among which a place of an epoch lies, and the place where they begin."""
         if isinstance(self.rows, Tensor):
-            return 0, self._kept((epoch, 0), lambda: self._permuted(self.rows, "epoch", epoch))  # type: ignore[arg-type]
+            return 0, self._kept((epoch, 0), lambda: self._permuted(self.rows, "epoch", epoch))
         if epoch not in self.epochs:
             order = _permutation(len(self.rows), self.seed, "epoch", epoch).tolist()
             groups = [[self.rows[i] for i in order[first : first + WINDOW]] for first in range(0, len(order), WINDOW)]

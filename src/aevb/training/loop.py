@@ -27,7 +27,7 @@ from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, holes_in, prepare, terms
 from aevb.checkpoint import Run, explained, holds_nothing, load, load_weights, made_here, save
 from aevb.config import Discrete, InputError, TrainConfig
-from aevb.training.batches import Arrays, Dataset, Order, key, split_blocks, split_rows
+from aevb.training.batches import Dataset, Order, dataset, key, split_blocks, split_rows
 from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse, told_dead
 from aevb.training.processes import Processes, join
 from aevb.training.schedules import kl_weight, learning_rate
@@ -136,7 +136,7 @@ class _Trainer:
     ) -> None:  # fmt: skip
         self.vae, self.config, self.out, self.describe = vae, config, out, describe
         self.processes = processes or Processes()
-        self.data = data if isinstance(data, Dataset) else Arrays(data)
+        self.data = dataset(data)
         self.judged = self.data
         whole = config if validation is None else dataclasses.replace(config, validation=0.0)
         training: Tensor | list[range]
@@ -144,10 +144,8 @@ class _Trainer:
             training, self.held_out = split_blocks(blocks, whole)
         else:
             training, self.held_out = split_rows(len(self.data), whole)
-        width = sum(value[0].numel() for value in self.data.take(torch.zeros(1, dtype=torch.long)).values())
-        self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         if validation is not None:
-            self.judged = validation if isinstance(validation, Dataset) else Arrays(validation)
+            self.judged = dataset(validation)
             self.held_out = torch.arange(len(self.judged))
         self.order = Order(training, config.batch_size, config.seed)
         self.parts = self.processes.parts(config.shards, self.order.batch_size)
@@ -165,6 +163,8 @@ class _Trainer:
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
         self.told = str(name)
+        width = sum(value[0].numel() for value in self.batch(0).values())
+        self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count, self.processes)
         self.inner.measure(self.batch(0))
         if config.shards > 1:
