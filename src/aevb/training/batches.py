@@ -92,11 +92,12 @@ class Order:
 
     def _window(self, epoch: int, place: int) -> tuple[int, Tensor]:
         """The permuted rows among which a place of an epoch lies, and the place where they begin."""
-        if isinstance(self.rows, Tensor):
-            return 0, self._kept((epoch, 0), lambda: self._permuted(self.rows, "epoch", epoch))
+        rows = self.rows
+        if isinstance(rows, Tensor):
+            return 0, self._kept((epoch, 0), lambda: self._permuted(rows, "epoch", epoch))
         if epoch not in self.epochs:
-            order = _permutation(len(self.rows), self.seed, "epoch", epoch).tolist()
-            groups = [[self.rows[i] for i in order[first : first + WINDOW]] for first in range(0, len(order), WINDOW)]
+            order = _permutation(len(rows), self.seed, "epoch", epoch).tolist()
+            groups = [[rows[i] for i in order[first : first + WINDOW]] for first in range(0, len(order), WINDOW)]
             ends = list(accumulate(sum(map(len, group)) for group in groups))
             self.epochs = {e: o for e, o in self.epochs.items() if e == epoch - 1} | {epoch: (groups, ends)}
         groups, ends = self.epochs[epoch]
