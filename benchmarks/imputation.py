@@ -1,11 +1,11 @@
 """Imputation of tables with half of their entries missing: AEVB beside the mean, KNN, IterativeImputer and a Gaussian.
 
-    python benchmarks/imputation.py [DATA] [--sets breast_cancer yeast] [--seeds 0 1 2 3 4] [--methods AEVB "Gaussian EM"]
-        [--out imputation.csv]
+    python benchmarks/imputation.py [DATA] [--sets breast_cancer yeast] [--seeds 0 1 2 3 4]
+        [--methods AEVB "Gaussian EM"] [--out imputation.csv]
 
-DATA holds tabular/*.csv.xz and uci_regression/concrete.npz (default ../shared/data); breast cancer is scikit-learn's. Of
-each table the columns that describe are used, not the one to be predicted. They are standardised on all their values,
-then `numpy.random.RandomState(seed).rand(*X.shape) < .5` go missing, as Mattei and Frellsen (2019, "MIWAE") have it.
+DATA holds tabular/*.csv.xz and uci_regression/concrete.npz (default ../shared/data); breast cancer is scikit-learn's.
+Of each table the columns that describe are used, not the one to be predicted. They are standardised on all their
+values, then `numpy.random.RandomState(seed).rand(*X.shape) < .5` go missing (Mattei and Frellsen, 2019, "MIWAE").
 
 The error is the mean of the squared difference over the missing entries: of the rows that a method was trained on, and,
 by methods trained on four fifths of them, of the fifth held out (the permutation of `numpy.random.default_rng(seed)`).
