@@ -23,9 +23,9 @@ from aevb.apps.estimator.columns import Columns, Floats, refuse_infinite
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import with_classifier
 from aevb.build import build_vae
-from aevb.conditionals import Categorical, DiagonalNormal, Normal, StandardNormal, StudentT
+from aevb.conditionals import Categorical, DiagonalNormal, Normal, ProductNormal, StandardNormal, StudentT
 from aevb.config import InputError, Likelihood, ModelConfig, Noise, TrainConfig
-from aevb.nets import MLP
+from aevb.nets import MLP, Evidence
 from aevb.training import fit
 
 __all__ = ["LIKELIHOODS", "ONE_AT_A_TIME", "Fitted", "Form", "Settings", "build", "restored", "whole"]
@@ -40,6 +40,9 @@ ONE_AT_A_TIME = threading.RLock()
 """Held while torch's one generator is in use: fits in threads of one process stay functions of their seeds."""
 
 _BATCH = 100
+
+_DRAWS = 10
+"""Draws of z behind the importance-weighted bound of rows with holes (Mattei and Frellsen, 2019, take 20)."""
 
 _LABELS = 10.0
 """Weight of the mean log q(y | x) of the labelled rows beside the mean bound of all: a hundred times the paper's, at
@@ -67,7 +70,7 @@ class Settings:
     steps: int
 
     @classmethod
-    def of(cls, params: Mapping[str, Any], rows: int, features: int) -> Settings:
+    def of(cls, params: Mapping[str, Any], rows: int, features: int, *, holes: bool = False) -> Settings:
         """Read from an estimator's parameters; what is None follows the data.
 
         Raises:
@@ -81,8 +84,9 @@ class Settings:
         # Sixteen are as many as tables of this kind were seen to use.
         latents = min(16, max(2, (features + 1) // 2)) if latents is None else whole("latents", latents, 1)
         steps = params["steps"]
-        # A few rows are soon learned by heart; of many, each needs to be seen less often.
-        steps = min(40 + 3 * rows // 4, math.ceil(34 * math.sqrt(rows))) if steps is None else whole("steps", steps, 1)
+        # A few rows are soon learned by heart; of many, each needs to be seen less often, and with holes more often.
+        usual = (2 if holes else 1) * min(40 + 3 * rows // 4, math.ceil(34 * math.sqrt(rows)))
+        steps = usual if steps is None else whole("steps", steps, 1)
         hidden = params["hidden"]
         if isinstance(hidden, str) or not isinstance(hidden, tuple | list | np.ndarray):
             raise InputError(
@@ -103,8 +107,8 @@ def whole(name: str, value: Any, least: int) -> int:
 class Shown(nn.Module):
     """Hands `net` the standardised first parent with zeros in its holes, then where they are, then the other parents.
 
-    The weights of the holes start at zero and have no gradient before one is seen: to a net trained on complete rows a
-    missing entry is an average one, not noise.
+    The weights of an `MLP` for the holes start at zero and have no gradient before one is seen: to a net trained on
+    complete rows a missing entry is an average one, not noise. `Evidence`, which does so itself, is told what is known.
 
     Args:
         net: Takes `2 D` inputs and those of the other parents.
@@ -116,14 +120,15 @@ class Shown(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: MLP, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, net: MLP | Evidence, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.net = net
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
-        first = next(module for module in net.modules() if isinstance(module, nn.Linear))
-        with torch.no_grad():
-            first.weight[:, len(loc) : 2 * len(loc)].zero_()
+        if isinstance(net, MLP):
+            first = next(module for module in net.modules() if isinstance(module, nn.Linear))
+            with torch.no_grad():
+                first.weight[:, len(loc) : 2 * len(loc)].zero_()
 
     @property
     def outputs(self) -> int | None:
@@ -134,7 +139,8 @@ class Shown(nn.Module):
         """Parents `(*, D_i)` to what `net` returns."""
         hole = x.isnan()
         filled = ((x - self.loc) / self.scale).masked_fill(hole, 0.0)
-        result: Tensor = self.net(filled, hole.to(x), *others)
+        told = hole if isinstance(self.net, MLP) else ~hole
+        result: Tensor = self.net(filled, told.to(x), *others)
         return result
 
 
@@ -157,10 +163,12 @@ def build(form: Form, loc: Tensor, scale: Tensor, floor: Tensor) -> VAE:
     likelihood = build_vae(told).p.conditional("x")
     if isinstance(likelihood, Normal | StudentT):
         likelihood = type(likelihood)(likelihood.net, features, likelihood.noise, floor=floor)
-    encoder = Shown(MLP(2 * features + width, hidden, 2 * latents), loc, scale)
+    net = MLP(2 * features + width, hidden, 2 * latents)
     if not form.target:
         p: dict[str, nn.Module] = {"z": StandardNormal(latents), "x | z": likelihood}
-        return VAE(BayesNet(p), BayesNet({"z | x": DiagonalNormal(encoder)})).double()
+        evidence = Shown(Evidence(net, [1] * features, latents), loc, scale)
+        return VAE(BayesNet(p), BayesNet({"z | x": ProductNormal(evidence, latents, features)})).double()
+    encoder = Shown(net, loc, scale)
     number = form.target < 0
     judge = Shown(MLP(2 * features, hidden, 2 if number else width), loc, scale)
     y = StandardNormal(1) if number else Categorical(width, learned=True)
@@ -182,14 +190,19 @@ def train(vae: VAE, values: Mapping[str, Tensor], *, steps: int, seed: int, labe
         steps: Updates.
         seed: Decides the order of the rows and every draw.
         labels: Weight of log q(y | x) in labelled rows; 0 where there is no y.
+
+    Where rows have holes and there is no y, by the importance-weighted bound: the less is known of a row, the less of
+    its posterior is Gaussian.
     """
+    holes = not labels and bool(values["x"].isnan().any())
     # q(y | x) plays no part in the bound of a labelled row: held-out rows could not judge it, and decay must hold it.
     config = TrainConfig(
-        steps=steps, batch_size=_BATCH, learning_rate=1e-2, average=0.99, clip_norm=100.0, seed=seed, log_every=steps,
-        validation=0.0 if labels else 0.1, validate_every=max(1, steps // 10), patience=0,
-        weight_decay=0.1 if labels else 0.0, optimizer="adamw" if labels else "adam",
+        steps=steps, samples=_DRAWS if holes else 1, batch_size=_BATCH, learning_rate=1e-2, average=0.99,
+        clip_norm=100.0, seed=seed, log_every=steps, validation=0.0 if labels else 0.1,
+        validate_every=max(1, steps // 10), patience=0, weight_decay=0.1 if labels else 0.0,
+        optimizer="adamw" if labels else "adam",
     )  # fmt: skip
-    objective = with_classifier("y", labels) if labels else "elbo"
+    objective = with_classifier("y", labels) if labels else "iwae" if holes else "elbo"
     with _collapse_untold():
         return fit(vae, values, config, objective=objective).history[-1]
 
