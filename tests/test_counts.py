@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -30,7 +30,6 @@ def saved(folder: Path, x, name: str = "a.npz") -> Path:
 
 def annotated(folder: Path, x, name: str = "a.h5ad", *, layers: dict | None = None) -> Path:
     """A file as AnnData 0.12 writes it: X by rows, layers, a column of obs, names, and things that are not ours."""
-    h5py = pytest.importorskip("h5py")
     text = h5py.string_dtype()
     with h5py.File(folder / name, "w") as file:
         for home, matrix in (("X", x), *((f"layers/{key}", value) for key, value in (layers or {}).items())):
@@ -290,16 +289,34 @@ def test_a_folder_and_an_empty_file_are_refused(tmp_path):
     (tmp_path / "empty.npz").touch()
     (tmp_path / "folder.h5ad").mkdir()
     (tmp_path / "empty.h5ad").touch()
-    pytest.importorskip("h5py")
     for name, told in (("empty.npz", "is empty"), ("empty.h5ad", "is empty"), ("folder.h5ad", "lacks train-images")):
         assert told in refuse("train", tmp_path / name, "--out", tmp_path / "run")
+
+
+# ---- the density -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("draws", [(), (3,)])
+def test_zeros_looked_at_apart_weigh_as_they_do_in_a_graph(draws, monkeypatch, double):
+    """A compiled step takes every count alike: its formula, its value, and its gradients."""
+    torch.manual_seed(0)
+    log_mean, log_theta = torch.randn(*draws, 60, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+    x = torch.from_numpy(counts()).double()
+
+    def looked_at() -> list[torch.Tensor]:
+        log_prob = aevb.distributions.NegativeBinomial(log_mean, log_theta).log_prob(x)
+        return [log_prob, *torch.autograd.grad(log_prob.sum(), (log_mean, log_theta))]
+
+    apart = looked_at()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for ours, theirs in zip(apart, looked_at(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 # ---- AnnData ---------------------------------------------------------------------------------------------------------
 
 
 def test_results_are_written_back_and_nothing_is_lost(tmp_path):
-    h5py = pytest.importorskip("h5py")
     path = annotated(tmp_path, counts(), layers={"counts": 2 * counts()})
     data = load(path)
     np.testing.assert_array_equal(data.train[:].numpy(), counts())
@@ -324,22 +341,7 @@ def test_results_are_written_back_and_nothing_is_lost(tmp_path):
     assert not list(tmp_path.glob(".again*"))
 
 
-def test_the_file_that_is_written_opens_in_anndata(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own use of what others deprecate
-        anndata = pytest.importorskip("anndata")
-    path = annotated(tmp_path, counts())
-    succeed("train", path, "--out", tmp_path / "run", *FAST)
-    succeed("score", tmp_path / "run", path, "--samples", 20, "--out", tmp_path / "scored.h5ad")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = anndata.read_h5ad(tmp_path / "scored.h5ad")
-    assert list(found.obs.columns)[:2] == ["depth", "aevb_log_prob"]
-    np.testing.assert_array_equal(found.X.toarray(), counts())
-
-
 def test_genes_are_matched_by_name(tmp_path):
-    pytest.importorskip("h5py")
     path = annotated(tmp_path, counts())
     names = tuple(f"gene{j}" for j in (3, 1))
     with pytest.raises(InputError, match="unknown to the model"):
@@ -349,7 +351,6 @@ def test_genes_are_matched_by_name(tmp_path):
 
 
 def test_other_files_and_layers_are_refused(tmp_path):
-    pytest.importorskip("h5py")
     path = annotated(tmp_path, counts(), layers={"counts": counts()})
     with pytest.raises(InputError, match="has no layer `raw`; its layers are: `counts`"):
         load(path, layer="raw")

@@ -170,7 +170,6 @@ def _listening() -> Iterator[list[str]]:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> tuple[Path, list[dict]]:
     """What two processes told, and the folder that they wrote to."""
-    pytest.importorskip("lightning_fabric")
     folder = tmp_path_factory.mktemp("processes")
     torch.set_default_dtype(torch.float64)
     try:
@@ -383,7 +382,6 @@ def _alone(*words: object) -> str:
 
 def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path) -> None:
     """To the bits of one process: with two parts all that differs is a + b from b + a."""
-    pytest.importorskip("lightning_fabric")
     script, run, rows = tmp_path / "aevb.py", tmp_path / "run", tmp_path / "rows.npy"
     np.save(rows, _rows().nan_to_num().numpy())
     script.write_text("import sys; sys.path.pop(0)\nfrom aevb.apps.cli import main\nmain()\n")

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import polars as pl
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -328,7 +329,6 @@ def test_columns_of_which_nothing_can_be_learned_are_told():
 
 
 def test_pandas_frames():
-    pd = pytest.importorskip("pandas")
     frame = pd.DataFrame(
         {"a": [1.0, NAN, 3.5], "b": ["x", None, "y"], "c": pd.to_datetime(["2020-01-01", None, "2021-01-01"])}
     )

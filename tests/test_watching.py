@@ -32,10 +32,10 @@ def test_lines_off_a_terminal_are_seldom_and_end_with_the_last_step(capsys, cloc
             tell(RECORD | {"step": step} | ({"validation": -103.0} if step == 500 else {}))
     told = "bound -101.23 nats (reconstruction -88.10, KL 13.13)"
     assert capsys.readouterr().err.splitlines() == [
-        f"training 300 of 1000 steps: {told}; 1,250 rows/s, 0:28 left",
-        f"training 600 of 1000 steps: {told}, held out -103.00; 1,250 rows/s, 0:16 left",
-        f"training 900 of 1000 steps: {told}, held out -103.00; 1,250 rows/s, 0:04 left",
-        f"training 1000 of 1000 steps: {told}, held out -103.00; 1,250 rows/s, 0:00 left",
+        f"training: 300 of 1000 steps, 1,250 rows/s, 0:28 left; {told}",
+        f"training: 600 of 1000 steps, 1,250 rows/s, 0:16 left; {told}, held out -103.00",
+        f"training: 900 of 1000 steps, 1,250 rows/s, 0:04 left; {told}, held out -103.00",
+        f"training: 1000 of 1000 steps, 1,250 rows/s, 0:00 left; {told}, held out -103.00",
     ]
 
 
@@ -43,7 +43,7 @@ def test_a_resumed_run_counts_its_own_steps_only(capsys, clock) -> None:
     with steps_done(1000, 10, start=900) as tell:
         clock[0] += 20.0
         tell(RECORD | {"step": 950})
-    assert "training 950 of 1000 steps" in (line := capsys.readouterr().err)
+    assert "training: 950 of 1000 steps" in (line := capsys.readouterr().err)
     assert "25 rows/s, 0:20 left" in line
 
 
@@ -52,7 +52,7 @@ def test_rows_are_told_likewise_and_quiet_is_quiet(capsys, clock) -> None:
         with rows_done("scoring", 30_000, quiet) as done:
             clock[0] += 7200.0
             done(15_000)
-        told = "" if quiet else "scoring 15000 of 30000 rows; 2 rows/s, 2:00:00 left\n"
+        told = "" if quiet else "scoring: 15000 of 30000 rows, 2 rows/s, 2:00:00 left\n"
         assert capsys.readouterr().err == told
 
 

@@ -71,8 +71,8 @@ class _Lines:
         self.told, spent, here = now, max(now - self.began, 1e-9), self.done - self.before
         left = _clock(spent * (self.total - self.done) / max(here, 1))
         rate = here * self.rows_each / spent
-        said = f": {said}" if said else ""
-        line = f"{self.text} {self.done} of {self.total} {self.unit}{said}; {rate:,.0f} rows/s, {left} left"
+        said = f"; {said}" if said else ""
+        line = f"{self.text}: {self.done} of {self.total} {self.unit}, {rate:,.0f} rows/s, {left} left{said}"
         print(line, file=sys.stderr, flush=True)
 
 

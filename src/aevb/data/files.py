@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from numpy.typing import NDArray
 
 from aevb.config import InputError
 
-__all__ = ["FORMATS", "MISSING", "Part", "Source", "listed", "opened", "parsing", "reason", "shown"]
+__all__ = ["FORMATS", "MISSING", "Part", "Source", "as_float", "listed", "opened", "parsing", "reason", "shown"]
 
 FORMATS = ".npy, .npz, .csv, .parquet, .h5ad, an IDX file (such as train-images-idx3-ubyte, also .gz)"
 
@@ -23,6 +24,9 @@ MISSING = ("", "NA", "NaN", "nan", "null", "?")
 
 
 _LONGEST = 120
+_FLOAT32_WHOLE = 2**24  # up to here float32 tells every whole number from the next
+_FLOAT64_WHOLE = 2**53
+_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,3 +108,25 @@ def parsing(where: str, form: str) -> Iterator[None]:
             f"{where} cannot be read as {form}: {reason(error)}. "
             "The file is damaged, cut short, or of another format: write or download it again."
         ) from error
+
+
+def as_float(values: NDArray[Any], where: str) -> NDArray[Any]:
+    """Numbers in float32, or in float64 where that would overflow, underflow, or tell fewer whole numbers apart.
+
+    Raises:
+        InputError: For whole numbers that no float tells apart.
+    """
+    if values.dtype.kind in "iu" and max(abs(int(values.min())), abs(int(values.max()))) > _FLOAT64_WHOLE:
+        raise InputError(
+            f"{where} has whole numbers beyond 2**53, which no float tells apart. "
+            "Remove the column if it holds identifiers; else divide it."
+        )
+    with np.errstate(all="ignore"):
+        wide = values.astype(np.float64, copy=False)
+        narrow = values.astype(np.float32)
+        if values.dtype.itemsize <= 2 or values.dtype == np.float32:
+            return narrow
+        # What may not be lost: size (inf, zero), and the differences among large numbers such as times or identifiers.
+        size = np.abs(wide)
+        lost = (narrow != wide) & ((size > _FLOAT32_WHOLE) | (size < _FLOAT32_TINY))
+    return wide if lost.any() else narrow

@@ -14,15 +14,13 @@ from torch import Tensor
 
 from aevb.config import InputError
 from aevb.data.binary import Binarize, check_binarize, check_grey, draw_once
-from aevb.data.files import Part, listed, shown
+from aevb.data.files import Part, as_float, listed, shown
 from aevb.data.sources import open_source
 from aevb.data.sparse import SparseRows, compressed
 
-__all__ = ["Rows", "as_float", "column_name", "grey_of", "read_rows", "rows_from"]
+__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_from"]
 
-_FLOAT32_WHOLE = 2**24  # up to here float32 tells every whole number from the next
 _FLOAT64_WHOLE = 2**53
-_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,28 +77,6 @@ def rows_from(part: Part) -> Rows:
         named=part.named,
         image_shape=(values.shape[1], values.shape[2]) if values.ndim == 3 else None,
     )
-
-
-def as_float(values: NDArray[Any], where: str) -> NDArray[Any]:
-    """Numbers in float32, or in float64 where that would overflow, underflow, or tell fewer whole numbers apart.
-
-    Raises:
-        InputError: For whole numbers that no float tells apart.
-    """
-    if values.dtype.kind in "iu" and max(abs(int(values.min())), abs(int(values.max()))) > _FLOAT64_WHOLE:
-        raise InputError(
-            f"{where} has whole numbers beyond 2**53, which no float tells apart. "
-            "Remove the column if it holds identifiers; else divide it."
-        )
-    with np.errstate(all="ignore"):
-        wide = values.astype(np.float64, copy=False)
-        narrow = values.astype(np.float32)
-        if values.dtype.itemsize <= 2 or values.dtype == np.float32:
-            return narrow
-        # What may not be lost: size (inf, zero), and the differences among large numbers such as times or identifiers.
-        size = np.abs(wide)
-        lost = (narrow != wide) & ((size > _FLOAT32_WHOLE) | (size < _FLOAT32_TINY))
-    return wide if lost.any() else narrow
 
 
 def _check_finite(x: NDArray[Any], part: Part) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aevb.config import InputError
-from aevb.data.files import shown
+from aevb.data.files import as_float, shown
 
 __all__ = ["SparseRows", "compressed", "from_parts"]
 
@@ -124,8 +124,6 @@ def compressed(matrix: Any, where: str, columns: Sequence[str] | None = None) ->
         InputError: If it cannot be rows of numbers.
     """
     from scipy import sparse
-
-    from aevb.data.rows import as_float
 
     if not sparse.issparse(matrix) or len(matrix.shape) != 2 or 0 in matrix.shape:
         came = f"shape {matrix.shape}" if sparse.issparse(matrix) else type(matrix).__name__

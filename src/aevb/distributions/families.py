@@ -15,6 +15,8 @@ import torch.distributions as td
 import torch.nn.functional as F
 from torch import Tensor
 
+from aevb.distributions.special import LOG_RANGE, count_term, log_gamma_draw, log_rising, mean_term, positive, softplus
+
 __all__ = [
     "Bernoulli",
     "BetaBinomial",
@@ -102,8 +104,8 @@ class Binomial(td.Distribution):
         coefficient = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
         if n > 1000:
             logits = self.logits.double()
-            return (coefficient + x * logits - n * _softplus(logits)).to(self.logits.dtype)
-        return coefficient.to(self.logits.dtype) + (value * self.logits - n * _softplus(self.logits))
+            return (coefficient + x * logits - n * softplus(logits)).to(self.logits.dtype)
+        return coefficient.to(self.logits.dtype) + (value * self.logits - n * softplus(self.logits))
 
 
 @final
@@ -139,7 +141,7 @@ class BetaBinomial(td.Distribution):
     @property
     def variance(self) -> Tensor:
         """Spread of the count, n pi (1 - pi) (s + n) / (s + 1)."""
-        n, s = self.total_count, _positive(self.log_concentration)
+        n, s = self.total_count, positive(self.log_concentration)
         return (self.mean * (-self.logits).sigmoid() * ((s + n) / (s + 1))).to(self.logits.dtype)
 
     def expand(self, batch_shape: _Shape, _instance: object = None) -> BetaBinomial:
@@ -151,7 +153,7 @@ class BetaBinomial(td.Distribution):
         with torch.no_grad():
             a, b = (each.expand(torch.Size(sample_shape) + self.batch_shape) for each in self._shapes())
             # The ratio of two gamma draws, from their logs: with small shapes both underflow, and 0 / 0 is no draw.
-            probs = (_log_gamma_draw(a) - _log_gamma_draw(b)).sigmoid()
+            probs = (log_gamma_draw(a) - log_gamma_draw(b)).sigmoid()
             return torch.binomial(torch.full_like(probs, self.total_count), probs).to(self.logits.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -159,13 +161,13 @@ class BetaBinomial(td.Distribution):
         n, x = self.total_count, value.double()
         a, b = self._shapes()
         coefficient = math.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-        rising = _log_rising(a, x) + _log_rising(b, n - x) - _log_rising(a + b, n)
+        rising = log_rising(a, x) + log_rising(b, n - x) - log_rising(a + b, n)
         return (coefficient + rising).to(self.logits.dtype)
 
     def _shapes(self) -> tuple[Tensor, Tensor]:
-        log_s, logits = self.log_concentration.double().clamp(*_LOG_RANGE), self.logits.double()
+        log_s, logits = self.log_concentration.double().clamp(*LOG_RANGE), self.logits.double()
         a, b = log_s + F.logsigmoid(logits), log_s + F.logsigmoid(-logits)
-        return a.clamp(min=2 * _LOG_RANGE[0]).exp(), b.clamp(min=2 * _LOG_RANGE[0]).exp()
+        return a.clamp(min=2 * LOG_RANGE[0]).exp(), b.clamp(min=2 * LOG_RANGE[0]).exp()
 
 
 @final
@@ -248,27 +250,27 @@ class NegativeBinomial(td.Distribution):
     def sample(self, sample_shape: _Shape = _NO_SHAPE) -> Tensor:
         """Counts `(*sample_shape, *batch)`."""
         with torch.no_grad():
-            theta = _positive(self.log_theta)
-            gamma = _log_gamma_draw(theta.expand(torch.Size(sample_shape) + self.batch_shape))
+            theta = positive(self.log_theta)
+            gamma = log_gamma_draw(theta.expand(torch.Size(sample_shape) + self.batch_shape))
             return torch.poisson((gamma + self.log_mean.double() - theta.log()).exp()).to(self.log_mean.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-mass in nats, elementwise."""
-        log_theta = self.log_theta.clamp(*_LOG_RANGE)
+        log_theta = self.log_theta.clamp(*LOG_RANGE)
         if torch.compiler.is_compiling():  # no graph has a shape that hangs on values
-            return (_rising(log_theta, value) + _shrunk(self.log_mean, log_theta, value)).to(self.log_mean.dtype)
+            return (count_term(log_theta, value) + mean_term(self.log_mean, log_theta, value)).to(self.log_mean.dtype)
         # Most counts are often zero, where one term is left; the others are looked at where counts are not, and what
         # does not depend on the mean not once for every draw.
         ratio = self.log_mean.double() - log_theta.double()
-        zero = (-log_theta.double().exp() * _softplus(ratio)).to(self.log_mean.dtype)
+        zero = (-log_theta.double().exp() * softplus(ratio)).to(self.log_mean.dtype)
         rows = torch.broadcast_shapes(log_theta.shape, value.shape)
         at = (value.expand(rows) != 0).nonzero(as_tuple=True)
-        found = _rising(log_theta.expand(rows)[at], value.expand(rows)[at])
+        found = count_term(log_theta.expand(rows)[at], value.expand(rows)[at])
         rising = torch.zeros(rows, dtype=found.dtype, device=value.device).index_put(at, found)
         shape = torch.broadcast_shapes(zero.shape, rows)
         at = at if shape == rows else (value.expand(shape) != 0).nonzero(as_tuple=True)
         mean, dispersion, x = (each.expand(shape)[at] for each in (self.log_mean, log_theta, value))
-        rest = rising.expand(shape)[at] + _shrunk(mean, dispersion, x)
+        rest = rising.expand(shape)[at] + mean_term(mean, dispersion, x)
         return zero.expand(shape).index_put(at, rest.to(zero.dtype))
 
 
@@ -369,7 +371,7 @@ class StudentT(td.Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density in nats, elementwise."""
         df = self.df.double()  # on its own axes, where two terms of size nu log nu cancel
-        constant = (_log_rising(0.5 * df, 0.5) - 0.5 * (math.pi * df).log()).to(self.df.dtype)
+        constant = (log_rising(0.5 * df, 0.5) - 0.5 * (math.pi * df).log()).to(self.df.dtype)
         square = ((value - self.loc) / self.scale).square()
         return constant - self.scale.log() - 0.5 * (self.df + 1) * torch.log1p(square / self.df)
 
@@ -448,54 +450,3 @@ class DiscretizedLogistic(td.Distribution):
             mean, square = mean + above, square + (2 * k - 1) * above
         weights = self.logits.exp()
         return (weights * mean).sum(-1), (weights * square).sum(-1)
-
-
-# A log-parameter is kept where float64 has digits for its exponential and for what is made of it. At e^40 the limit
-# (binomial, Poisson) is reached to the last digit, so that the gradient there, 0, is right, too.
-_LOG_RANGE = (-300.0, 40.0)
-
-
-def _rising(log_theta: Tensor, value: Tensor) -> Tensor:
-    """What a count brings to a negative binomial whatever its mean, in float64."""
-    x = value.double()
-    return _log_rising(log_theta.double().exp(), x) - torch.lgamma(x + 1)
-
-
-def _shrunk(log_mean: Tensor, log_theta: Tensor, value: Tensor) -> Tensor:
-    """The rest of it, in float64."""
-    x, theta, ratio = value.double(), log_theta.double().exp(), log_mean.double() - log_theta.double()
-    return x * ratio - (x + theta) * _softplus(ratio)
-
-
-def _positive(log: Tensor) -> Tensor:
-    """exp(log) in float64, above 0 and finite."""
-    return log.double().clamp(*_LOG_RANGE).exp()
-
-
-def _softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x); torch's own is x past 20, 2e-9 too little, which counts multiply."""
-    return -F.logsigmoid(-x)
-
-
-def _log_rising(a: Tensor, x: Tensor | float) -> Tensor:
-    r""":math:`\log \Gamma(a + x) - \log \Gamma(a)` for a > 0, x >= 0 in float64.
-
-    Where a is large both terms are, too, and Stirling's series is subtracted term by term instead; at a >= 100 its
-    first term left out, 1 / (1680 a^7), is below 1e-17.
-    """
-    b = a.clamp(min=100.0)
-    direct = torch.lgamma(a + x) - torch.lgamma(a)
-    series = (b + x - 0.5) * torch.log1p(x / b) + x * b.log() - x + _stirling(b + x) - _stirling(b)
-    return torch.where(a < 100.0, direct, series)
-
-
-def _stirling(a: Tensor) -> Tensor:
-    """The three terms of log Gamma(a) - (a - 1/2) log a + a - log(2 pi) / 2 in 1/a."""
-    square = a.square()
-    return (1 / 12 - (1 / 360 - 1 / (1260 * square)) / square) / a
-
-
-def _log_gamma_draw(shape: Tensor) -> Tensor:
-    """Log of a draw of Gamma(shape, 1), which itself underflows at small shapes: Gamma(a + 1) U^(1/a) is Gamma(a)."""
-    gamma = torch._standard_gamma(shape + 1)
-    return gamma.log() - torch.empty_like(shape).exponential_() / shape

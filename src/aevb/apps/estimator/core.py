@@ -25,7 +25,7 @@ from aevb.bounds import with_classifier
 from aevb.build import build_vae
 from aevb.conditionals import Categorical, DiagonalNormal, Normal, ProductNormal, StandardNormal, StudentT
 from aevb.config import InputError, Likelihood, ModelConfig, Noise, TrainConfig
-from aevb.nets import MLP, Evidence
+from aevb.nets import MLP, Evidence, Holes, Standardize
 from aevb.training import fit
 
 __all__ = ["LIKELIHOODS", "ONE_AT_A_TIME", "Fitted", "Form", "Settings", "build", "restored", "whole"]
@@ -107,8 +107,8 @@ def whole(name: str, value: Any, least: int) -> int:
 class Shown(nn.Module):
     """Hands `net` the standardised first parent with zeros in its holes, then where they are, then the other parents.
 
-    The weights of an `MLP` for the holes start at zero and have no gradient before one is seen: to a net trained on
-    complete rows a missing entry is an average one, not noise. `Evidence`, which does so itself, is told what is known.
+    The weights of the holes start at zero and have no gradient before one is seen: to a net trained on complete rows a
+    missing entry is an average one, not noise.
 
     Args:
         net: Takes `2 D` inputs and those of the other parents.
@@ -120,15 +120,14 @@ class Shown(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: MLP | Evidence, loc: Tensor, scale: Tensor) -> None:
+    def __init__(self, net: MLP, loc: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.net = net
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
-        if isinstance(net, MLP):
-            first = next(module for module in net.modules() if isinstance(module, nn.Linear))
-            with torch.no_grad():
-                first.weight[:, len(loc) : 2 * len(loc)].zero_()
+        first = next(module for module in net.modules() if isinstance(module, nn.Linear))
+        with torch.no_grad():
+            first.weight[:, len(loc) : 2 * len(loc)].zero_()
 
     @property
     def outputs(self) -> int | None:
@@ -139,8 +138,7 @@ class Shown(nn.Module):
         """Parents `(*, D_i)` to what `net` returns."""
         hole = x.isnan()
         filled = ((x - self.loc) / self.scale).masked_fill(hole, 0.0)
-        told = hole if isinstance(self.net, MLP) else ~hole
-        result: Tensor = self.net(filled, told.to(x), *others)
+        result: Tensor = self.net(filled, hole.to(x), *others)
         return result
 
 
@@ -166,7 +164,7 @@ def build(form: Form, loc: Tensor, scale: Tensor, floor: Tensor) -> VAE:
     net = MLP(2 * features + width, hidden, 2 * latents)
     if not form.target:
         p: dict[str, nn.Module] = {"z": StandardNormal(latents), "x | z": likelihood}
-        evidence = Shown(Evidence(net, [1] * features, latents), loc, scale)
+        evidence = Standardize(Holes(Evidence(net, [1] * features, latents)), loc, scale)
         return VAE(BayesNet(p), BayesNet({"z | x": ProductNormal(evidence, latents, features)})).double()
     encoder = Shown(net, loc, scale)
     number = form.target < 0
