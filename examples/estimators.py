@@ -27,7 +27,7 @@ def table(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, np.where(hidden, np.nan, x), y
 
 
-def main(seed: int = 0) -> dict[str, float]:
+def main(seed: int = 0, draws: int = 5) -> dict[str, float]:
     x, holed, y = table(seed)
     parts = train_test_split(x, holed, y, test_size=0.33, stratify=y, random_state=seed)
     _, full, train, test, y_train, y_test = parts
@@ -52,7 +52,7 @@ def main(seed: int = 0) -> dict[str, float]:
 
     rng = np.random.default_rng(seed)
     right: dict[str, list[float]] = {"ten labels": [], "and 371 rows without": []}
-    for _ in range(5):
+    for _ in range(draws):
         shown = np.concatenate([rng.choice(np.flatnonzero(y_train == c), 5, replace=False) for c in (0, 1)])
         labels = np.full(len(y_train), -1)
         labels[shown] = y_train[shown]

@@ -345,10 +345,11 @@ def test_every_likelihood(likelihood: str):
     x = with_holes(made.get(likelihood, rng.poisson(rate).astype(float)))
     model = AEVB(likelihood=likelihood, latents=1, steps=200, samples=4096, random_state=0).fit(x)
     assert model.transform(x).shape == (200, 1)
-    assert np.isfinite(model.impute(x)).all()
+    assert np.isfinite(model.impute(x[:20])).all()
     assert model.sample(3).shape == model.inverse_transform(np.zeros((3, 1))).shape == (3, 2)
     if likelihood in made and likelihood != "bernoulli":
-        assert model.score(x) > AEVB(likelihood=likelihood, latents=1, steps=1, random_state=0).fit(x).score(x)
+        untrained = AEVB(likelihood=likelihood, latents=1, steps=1, random_state=0).fit(x)
+        assert model.score(x[:50]) > untrained.score(x[:50])
         return
     top = 2 if likelihood == "bernoulli" else 150
     some = np.stack(np.meshgrid(np.arange(top), [NAN]), -1).reshape(-1, 2)

@@ -97,7 +97,7 @@ def test_wiring():
 
 def test_mixture():
     """Summed classes are exact and reach EM; sampled and relaxed ones come near, judged by the exact bound."""
-    found = example("mixture").main()
+    found = example("mixture").main(steps=1000)
     best = found["em"]["log_p"]
     for discrete in ("sum", "sample", "relax"):
         one = found[discrete]
@@ -153,7 +153,7 @@ def test_bayesian_regression():
 
 def test_per_datum():
     """Refined from nothing, a factorized q reaches its closed form; the encoder's gap is real and not all of it."""
-    found = example("per_datum").main(steps=1200)
+    found = example("per_datum").main(steps=800)
     closed = found["closed"]
     assert closed["lacking"] > 0.1
     assert -4 * closed["error"] < closed["below"] < 4 * closed["error"] + 5e-3
@@ -196,7 +196,7 @@ def test_density_of_the_ring():
 
 def test_remedies(caplog):
     """Plain training collapses to the best model without z and says so; each remedy is better by many errors."""
-    found = example("remedies").main()
+    found = example("remedies").main(steps=700)
     assert "Posterior collapse" in caplog.text
     ring = found["ring"]
     assert float(ring["plain"]["kl"].sum()) < 0.05
@@ -220,7 +220,7 @@ def test_disentangle():
 
 def test_estimators(capsys):
     """A density finds novelties, holes are filled better than by means, and rows without labels help."""
-    found = example("estimators").main()
+    found = example("estimators").main(draws=2)
     assert found["auroc"] > 0.9
     assert 0 < found["monte carlo"] < 5
     error = (found["imputed, error"] ** 2 + found["column means, error"] ** 2) ** 0.5

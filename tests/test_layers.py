@@ -30,7 +30,7 @@ LAYERS = [
     {"data"},
     {"apps.summary", "apps.progress", "apps.loggers"},
     {"apps.diagnoses"},
-    {"apps.check", "apps.estimator", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
+    {"apps.check", "apps.estimator", "apps.export", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
     {"apps.tables", "apps.train"},
     {"apps.cli"},
 ]

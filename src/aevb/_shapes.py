@@ -39,14 +39,13 @@ def rows_of(values: Values) -> int:
         raise InputError(f"`values` must map node names to arrays; got {type(values).__name__}. Write {{'x': x}}.")
     if not values:
         raise InputError("`values` is empty; give at least one observed node, e.g. {'x': x}.")
-    rows = {name: value.shape[0] if value.ndim else None for name, value in values.items()}
-    counts = set(rows.values())
-    if len(counts) > 1 or None in counts:
+    first = next(iter(values.values())).shape[:1]
+    if any(value.shape[:1] != first for value in values.values()) or not first:
         told = ", ".join(f"{name}: {tuple(value.shape)}" for name, value in values.items())
         raise InputError(
             f"`values` must share their first axis, the data; got {told}. Give every node one entry a row."
         )
-    return next(iter(values.values())).shape[0]
+    return first[0]
 
 
 def check_event(name: str, value: Tensor, event_shape: torch.Size) -> None:

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _REPORT = "report.html"
+_COMPARED = 1000
+"""Rows at most on which exported networks are compared with the run's."""
+
 _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
 _Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{ais,gaps,information,calibration,checks}")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
@@ -51,7 +54,7 @@ _Columns = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=KIND")]
 def main() -> None:
     """Run the command line; exits with 0, or non-zero after one clear message."""
     warnings.showwarning = lambda message, *_, **__: print(f"aevb: {message}", file=sys.stderr)
-    verbs = (inspect, train, evaluate, compare, sample, encode, impute, score, report, check)
+    verbs = (inspect, train, evaluate, compare, sample, encode, impute, score, report, export, check)
     try:
         tyro.extras.subcommand_cli_from_dict(
             {verb.__name__: verb for verb in verbs},
@@ -457,6 +460,33 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
         maximum=source.total_count,
     )
     print(f"report written to {run / _REPORT}")
+
+
+def export(
+    run: Annotated[Path, tyro.conf.Positional],
+    out: Path,
+    format: Literal["torch", "onnx"] = "torch",
+    seed: int = 0,
+    data: str | None = None,
+) -> None:
+    """Write a run's networks as files that other programs run: encoder, decoder and scorer, the last fed its noise.
+
+    Each file is opened again and compared with the run on rows held out. `export.json` tells what they take and give.
+
+    Args:
+        run: Folder of the run.
+        out: Folder to write, which must be new.
+        format: `torch`, for `torch.export.load` without this library, or `onnx`, which lacks some operators (a part
+            that needs one is left out and named).
+        seed: Key of the noise that scorers are compared with.
+        data: Where the data are now, if they have moved since training.
+    """
+    from aevb.apps.export import export_run
+
+    found = open_run(run)
+    _, rows, _ = test_rows(found, data_of(found, data))
+    for told in export_run(found, rows[:_COMPARED], out, format, seed):
+        print(told, flush=True)
 
 
 def check(seed: int = 0, json: bool = False) -> None:

@@ -112,7 +112,7 @@ class _Skip(nn.Module):
 
 def _affine(layer: nn.Linear, parents: tuple[Tensor, ...]) -> Tensor:
     """`layer` at the joined parents; one product for each where joining would repeat some of them."""
-    if len({parent.shape[:-1] for parent in parents}) == 1:
+    if all(parent.shape[:-1] == parents[0].shape[:-1] for parent in parents[1:]):
         result: Tensor = layer(join(parents))
         return result
     weights = layer.weight.split([parent.shape[-1] for parent in parents], dim=1)

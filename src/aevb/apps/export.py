@@ -1,0 +1,298 @@
+"""A run's networks as files that other programs run: encoder, decoder and scorer, compared with the run on its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+import torch
+import torch._dynamo.exc
+import torch.distributions as td
+import torch.fx.experimental._config
+from torch import Tensor, nn
+
+from aevb.bayesnet import VAE
+from aevb.bounds import evaluating, prepare, terms
+from aevb.checkpoint import Run, write_atomically
+from aevb.config import InputError
+
+__all__ = ["Format", "export_run"]
+
+Format = Literal["torch", "onnx"]
+"""Of the files: `torch.export`'s programs, which `torch.export.load` opens without this library, or ONNX models."""
+
+_SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
+_ROWS, _DRAWS = 20, 8
+"""Rows that the networks are traced with, and draws a row: files take any number of both."""
+
+_MOMENTS = ("mean", "std")
+
+_UNSPECIALISED: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
+"""An option of torch's tracer, which has no public name: without it a length of one is always a case of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One network, what it takes and what it gives."""
+
+    net: nn.Module
+    inputs: dict[str, str]  # name to what it is
+    outputs: dict[str, str]
+    given: tuple[Tensor, ...]  # an example of each input
+    axes: tuple[dict[int, str], ...]  # of each input those that may have any length
+
+
+def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int) -> Iterator[str]:
+    """Write the parts into a new folder; yields a line on each when it is done.
+
+    Each file is opened again and compared with the run's own model on `rows`, as many as there are; a part that the
+    format cannot hold is left out and named. `export.json` tells what each takes and gives, and how far it was off.
+
+    Args:
+        run: The run.
+        rows: Real ones, `(N, P)`, NaN for missing.
+        out: Folder, which must not be there.
+        format: Of the files.
+        seed: Of the noise that the scorers are compared with.
+
+    Raises:
+        InputError: If `out` exists, ONNX's packages are missing, or no part could be written.
+    """
+    if out.exists():
+        raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")
+    _check_packages(format)
+    with evaluating(run.vae):
+        values = prepare(run.vae, {"x": rows})
+        parts = _parts(run.vae, values["x"], seed)
+        out.mkdir(parents=True)
+        record: dict[str, Any] = {"format": format, "columns": run.data.get("columns"), "parts": {}, "left_out": {}}
+        record |= {"schema": run.data["command"].get("schema"), "made": run.made}
+        for name, part in parts.items():
+            path = out / f"{name}{_SUFFIX[format]}"
+            try:
+                program, least = _traced(part)
+                write_atomically(path, _content(program, part, format))
+                away = _furthest(part, path, format)
+            except Exception as error:  # tracers and runtimes raise their own
+                path.unlink(missing_ok=True)
+                record["left_out"][name] = reason = _reason(error, format)
+                yield f"{name}: left out, {reason}"
+                continue
+            record["parts"][name] = {
+                "file": path.name, "inputs": part.inputs, "outputs": part.outputs, "least_rows_and_draws": least,
+                "compared_rows": len(rows), "largest_difference": away,
+            }  # fmt: skip
+            shown = ", ".join(f"{value:.1e} in {output}" for output, value in away.items())
+            ends = f"{', '.join(part.inputs)} to {', '.join(part.outputs)}"
+            yield f"{path}: {ends}; on {len(rows)} rows at most {shown} off"
+    write_atomically(out / "export.json", (json.dumps(record, indent=2) + "\n").encode())
+    if not record["parts"]:
+        raise InputError(f"Nothing of this model can be written as {format}. Try --format torch.")
+
+
+def _check_packages(format: Format) -> None:
+    if format == "onnx":
+        try:
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+        except ImportError as missing:
+            raise InputError(f"`--format onnx` needs {missing.name}. Install it: pip install 'aevb[onnx]'.") from None
+
+
+def _parts(vae: VAE, x: Tensor, seed: int) -> dict[str, _Part]:
+    """The networks of a model that `aevb.build_vae` made."""
+    holes = _sees_holes(vae)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        known = terms(vae, {"x": x}, 1, kl="sampled", holes=holes).values
+    parents = {node: known[node].reshape(len(x), -1) for node in vae.p.parents["x"]}
+    latent = {node: known[node].shape[-1] for node in vae.latents({"x": x})}
+    beside = {node: part.shape[-1] for node, part in parents.items()}
+    seen = {"x": f"(N, {x.shape[1]})" + (", NaN for missing" if holes else "")}
+    moments = {
+        f"{kind}_{node}": f"(N, {width}), of q({node} | x)" for node, width in latent.items() for kind in _MOMENTS
+    }
+    total = sum(latent.values())
+    noise = torch.randn(_DRAWS, len(x), total, generator=torch.Generator().manual_seed(seed)).to(x)
+    rows = {0: "rows"}
+    return {
+        "encoder": _Part(net=_Encoder(vae, tuple(latent)), inputs=seen, outputs=moments, given=(x,), axes=(rows,)),
+        "decoder": _Part(
+            net=_Decoder(vae, beside),
+            inputs={"z": f"(N, {sum(beside.values())}): {_side_by_side(beside)}"},
+            outputs={"mean_x": f"(N, {x.shape[1]}), E[x | {', '.join(beside)}]"},
+            given=(torch.cat(list(parents.values()), 1),),
+            axes=(rows,),
+        ),
+        "scorer": _Part(
+            net=_Scorer(vae, latent, holes),
+            inputs=seen | {"noise": f"(K, N, {total}), standard normal: {_side_by_side(latent)}"},
+            outputs={"log_prob": "(N,), log p(x) in nats by importance sampling with K draws"},
+            given=(x, noise),
+            axes=(rows, {0: "draws", 1: "rows"}),
+        ),
+    }
+
+
+def _side_by_side(widths: dict[str, int]) -> str:
+    return ", ".join(f"{node} ({width})" for node, width in widths.items())
+
+
+def _sees_holes(vae: VAE) -> tuple[str, ...]:
+    """The nodes that may have missing entries."""
+    try:
+        vae.require_sight(["x"])
+    except InputError:
+        return ()
+    return ("x",)
+
+
+def _traced(part: _Part) -> tuple[torch.export.ExportedProgram, int]:
+    """One graph of a part for any lengths of its axes, or where that cannot be for all from two; the least one."""
+    given = tuple(_cut(each, axes) for each, axes in zip(part.given, part.axes, strict=True))
+    for least in (1, 2):
+        sizes = {name: torch.export.Dim(name, min=least) for axes in part.axes for name in axes.values()}
+        shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in part.axes)
+        try:
+            with _UNSPECIALISED(backed_size_oblivious=True), _quiet():
+                return torch.export.export(part.net, given, dynamic_shapes=shapes, strict=False), least
+        except torch._dynamo.exc.UserError:  # a product that broadcasts
+            if least == 2:
+                raise
+    raise AssertionError
+
+
+def _cut(example: Tensor, axes: dict[int, str]) -> Tensor:
+    """No more rows than a trace needs, and two at least: a length of one would be taken for a constant."""
+    (axis,) = (axis for axis, name in axes.items() if name == "rows")
+    few = example.narrow(axis, 0, min(_ROWS, example.shape[axis]))
+    return few if few.shape[axis] > 1 else torch.cat([few, few], axis)
+
+
+def _content(program: torch.export.ExportedProgram, part: _Part, format: Format) -> bytes:
+    buffer = io.BytesIO()
+    with _quiet():
+        if format == "torch":
+            torch.export.save(program, buffer)
+        else:
+            made = torch.onnx.export(
+                program, input_names=list(part.inputs), output_names=list(part.outputs), dynamo=True, verbose=False
+            )
+            assert made is not None
+            buffer.write(made.model_proto.SerializeToString())
+    return buffer.getvalue()
+
+
+def _furthest(part: _Part, path: Path, format: Format) -> dict[str, float]:
+    """Largest difference of each output of the file, opened anew, from the run's own, on all the rows at hand."""
+    wanted = part.net(*part.given)
+    wanted = wanted if isinstance(wanted, tuple) else (wanted,)
+    if format == "torch":
+        found = torch.export.load(path).module()(*part.given)
+        found = found if isinstance(found, tuple | list) else (found,)
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        given = {name: each.numpy() for name, each in zip(part.inputs, part.given, strict=True)}
+        found = [torch.from_numpy(each) for each in session.run(list(part.outputs), given)]
+    return {
+        name: float((one - other).abs().max()) for name, one, other in zip(part.outputs, found, wanted, strict=True)
+    }
+
+
+def _reason(error: Exception, format: Format) -> str:
+    """Why a part could not be written, in one line."""
+    if isinstance(error, InputError):
+        return str(error)
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and isinstance(cause, Exception):
+        causes.append(cause)
+    text = str(causes[-1]) or type(causes[-1]).__name__
+    return f"which {format} cannot hold: " + text.strip().splitlines()[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what tracers say of themselves."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(before)
+
+
+@final
+class _Encoder(nn.Module):
+    """Mean and standard deviation of q of each latent node; of nodes below others, at the others' means."""
+
+    def __init__(self, vae: VAE, nodes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.vae, self.nodes = vae, nodes
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        known, found = {"x": x}, []
+        for node in self.vae.drawing_order(self.nodes):
+            d = self.vae.home(node).distribution(node, known)
+            try:
+                known[node] = d.mean
+                found += [d.mean, d.stddev] if node in self.nodes else []
+            except NotImplementedError:
+                raise InputError(f"q({node} | x) is a flow, which has no moments in closed form") from None
+        return tuple(found)
+
+
+@final
+class _Decoder(nn.Module):
+    """E[x | z] of latent nodes side by side."""
+
+    def __init__(self, vae: VAE, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.vae, self.widths = vae, widths
+
+    def forward(self, z: Tensor) -> Tensor:
+        values = dict(zip(self.widths, z.split(list(self.widths.values()), dim=-1), strict=True))
+        return self.vae.p.distribution("x", values).mean
+
+
+@final
+class _Scorer(nn.Module):
+    r"""Log of the mean of p(x, z_k) / q(z_k | x), z_k made of x and the noise."""
+
+    def __init__(self, vae: VAE, widths: dict[str, int], holes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.vae, self.widths, self.holes = vae, widths, holes
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        each = dict(zip(self.widths, noise.split(list(self.widths.values()), dim=-1), strict=True))
+        found = terms(
+            self.vae, {"x": x}, noise.shape[0], kl="sampled", holes=self.holes, noise=lambda node: _Given(each[node])
+        )
+        log_w = found.log_weights()
+        # K counted by the graph: Python would write the example's into it.
+        return log_w.logsumexp(0) - torch.ones_like(log_w).sum(0).log()
+
+
+@final
+class _Given:
+    """Noise that is an input."""
+
+    def __init__(self, eps: Tensor) -> None:
+        self.eps = eps
+
+    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        return self.eps.to(like)
+
+    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
+        raise InputError("q draws noise that is not normal")
