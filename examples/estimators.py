@@ -27,13 +27,13 @@ def table(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, np.where(hidden, np.nan, x), y
 
 
-def main(seed: int = 0, draws: int = 5) -> dict[str, float]:
+def main(seed: int = 0, draws: int = 5, steps: int | None = None) -> dict[str, float]:
     x, holed, y = table(seed)
     parts = train_test_split(x, holed, y, test_size=0.33, stratify=y, random_state=seed)
     _, full, train, test, y_train, y_test = parts
     found: dict[str, float] = {}
 
-    model = aevb.AEVB(random_state=seed).fit(train[y_train == 1])
+    model = aevb.AEVB(steps=steps, random_state=seed).fit(train[y_train == 1])
     log_prob, error = model.score_samples(test, return_std=True)
     benign = log_prob[y_test == 1]
     found["log p"], found["monte carlo"] = float(benign.mean()), float(error.max())
@@ -42,7 +42,7 @@ def main(seed: int = 0, draws: int = 5) -> dict[str, float]:
     print(f"  of which Monte Carlo: at most {error.max():.2f} in a row")
     print(f"a malignant row is less likely than a benign one in {100 * found['auroc']:.1f} % of pairs")
 
-    everyone = aevb.AEVB(random_state=seed).fit(train)
+    everyone = aevb.AEVB(steps=steps, random_state=seed).fit(train)
     missing, spread = np.isnan(test), np.nanstd(train, 0)
     means = np.where(missing, np.nanmean(train, 0), test)
     for name, filled in (("imputed", everyone.impute(test)), ("column means", means)):

@@ -220,7 +220,7 @@ def test_disentangle():
 
 def test_estimators(capsys):
     """A density finds novelties, holes are filled better than by means, and rows without labels help."""
-    found = example("estimators").main(draws=2)
+    found = example("estimators").main(draws=2, steps=250)
     assert found["auroc"] > 0.9
     assert 0 < found["monte carlo"] < 5
     error = (found["imputed, error"] ** 2 + found["column means, error"] ** 2) ** 0.5

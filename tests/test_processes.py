@@ -255,7 +255,7 @@ def test_a_gradient_in_parts_is_that_of_the_whole_batch(double) -> None:
 
 
 def test_parts_are_compiled_to_the_same_steps() -> None:
-    config = {"steps": 12, "patience": 0, "optimizer": "sgd", "learning_rate": 1e-3}
+    config = {"steps": 12, "patience": 0, "optimizer": "sgd", "learning_rate": 1e-3, "shards": 2, "average": 0.0}
     runs = [aevb.fit(_model(), {"x": _rows()}, _changed(compile=compile, **config)) for compile in (False, True)]
     torch.testing.assert_close(torch.tensor(_weights(runs[1].vae)), torch.tensor(_weights(runs[0].vae)))
 
