@@ -337,6 +337,17 @@ def test_constant_columns_and_large_offsets():
     assert model.predict(moved[:1] + np.array([0, 0, 0, 5, 5]))[0] == -1
 
 
+@pytest.mark.parametrize("value", [0.0, 3e-17])
+def test_a_constant_column_that_is_nothing_beside_the_others_is_scaled_as_they_are(value: float):
+    """3e-17 is what standardising leaves of a constant: in units of itself any other value would be infinitely far."""
+    x = np.c_[table(), np.full(120, value)]
+    columns = Columns.of(x)
+    assert columns.scale[3] == np.median(columns.scale[:3])
+    model = AEVB(steps=STEPS, random_state=0).fit(x)
+    moved = x[:1] + np.array([0, 0, 0, 5 * columns.scale[3]])
+    assert -100 < model.score_samples(moved)[0] < model.score_samples(x[:1])[0] - 1
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood(likelihood: str):
     rng = np.random.default_rng(0)

@@ -39,7 +39,8 @@ class Columns:
 
         The resolution h of a column is the median step between its neighbouring distinct values, and its noise is
         never believed to be below :math:`h / \sqrt{12}`, what rounding to steps of h brings: else a net that is right
-        to the last digit makes a density that grows without limit. A constant column counts as known to its own size.
+        to the last digit makes a density that grows without limit. A constant column counts as known to its own size,
+        or where that is nothing beside the other columns, to their median scale.
 
         Raises:
             InputError: If a column has no known value.
@@ -53,12 +54,14 @@ class Columns:
         loc = np.nanmean(x, 0)
         loc = loc + np.nanmean(x - loc, 0)  # a second pass takes back the rounding of a large mean
         scale, steps = np.nanstd(x - loc, 0), np.empty_like(loc)
-        for j in range(x.shape[1]):
-            distinct = np.unique(x[known[:, j], j])
-            size = abs(float(loc[j]))
-            # What is left of a constant column by rounding is no spread.
-            if len(distinct) == 1 or scale[j] <= 1e-13 * size:
-                scale[j] = steps[j] = size or 1.0
+        values = [np.unique(x[known[:, j], j]) for j in range(x.shape[1])]
+        # What is left of a constant column by rounding is no spread.
+        constant = np.array([len(each) == 1 for each in values]) | (scale <= 1e-13 * np.abs(loc))
+        typical = float(np.median(scale[~constant])) if not constant.all() else 1.0
+        for j, distinct in enumerate(values):
+            if constant[j]:
+                size = abs(float(loc[j]))
+                scale[j] = steps[j] = size if size > 1e-9 * typical else typical
                 continue
             gaps = np.diff(distinct)
             gaps = gaps[gaps > 1e-9 * scale[j]]  # 0.1 + 0.2 and 0.3 are one value
