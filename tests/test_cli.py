@@ -22,7 +22,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
+from aevb import load
 from aevb.apps.cli import main
 
 AEVB = [sys.executable, "-c", "import sys; sys.argv[0] = 'aevb'; from aevb.apps.cli import main; main()"]
@@ -100,7 +102,19 @@ def test_help_lists_the_verbs_and_every_configuration_field() -> None:
     from aevb import ModelConfig, TrainConfig
 
     listed = succeed("--help")
-    for verb in ("inspect", "train", "evaluate", "compare", "sample", "encode", "impute", "score", "report", "check"):
+    for verb in (
+        "inspect",
+        "train",
+        "evaluate",
+        "compare",
+        "sample",
+        "encode",
+        "impute",
+        "score",
+        "report",
+        "export",
+        "check",
+    ):
         assert verb in listed
     flags = succeed("train", "--help")
     for field in (*fields(ModelConfig), *fields(TrainConfig)):
@@ -150,6 +164,23 @@ def test_compare_is_paired_on_the_same_rows(digits, tmp_path) -> None:
     assert again["mean"][1] == pytest.approx(told["mean"][1] - 1)
     other = json.loads(succeed("compare", digits, longer, "--samples", 101, "--json"))
     assert other["mean"][1] == pytest.approx(told["mean"][1], abs=0.3)
+
+
+def test_codes_of_a_flow_are_moments_of_draws_and_depend_on_no_other_row(tmp_path) -> None:
+    x = (np.random.default_rng(0).random((60, 5)) < 0.4).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "two.npy", x[[7, 3]])
+    run = tmp_path / "run"
+    succeed("train", tmp_path / "x.npy", "--out", run, *FAST, "--likelihood", "bernoulli", "--posterior", "planar")
+    for name in ("x", "two"):
+        succeed("encode", run, tmp_path / f"{name}.npy", "--out", tmp_path / f"{name}-codes.npy")
+    codes, two = np.load(tmp_path / "x-codes.npy"), np.load(tmp_path / "two-codes.npy")
+    np.testing.assert_allclose(two, codes[[7, 3]], rtol=0, atol=1e-6)
+    vae = load(run).vae
+    draws = vae.posterior({"x": torch.from_numpy(x)})["z"].sample(torch.Size([4000]))
+    error = draws.std(0).numpy() * (1 / 1000 + 1 / 4000) ** 0.5
+    assert (np.abs(codes[:, :4] - draws.mean(0).numpy()) < 5 * error).all()  # 5: 240 comparisons
+    np.testing.assert_allclose(codes[:, 4:], draws.std(0).numpy(), rtol=0.15)
 
 
 def test_runs_that_cannot_be_compared(digits, table, tmp_path) -> None:

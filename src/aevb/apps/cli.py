@@ -323,7 +323,7 @@ def sample(
 
 
 def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro.conf.Positional], out: Path) -> None:
-    """Write mean and standard deviation of q(z | x) for each row of DATA.
+    """Write mean and standard deviation of q(z | x) for each row of DATA; of a flow, those of 1000 draws.
 
     From .h5ad to .h5ad the file is copied, with means in `.obsm["X_aevb"]` and standard deviations in
     `.obsm["X_aevb_std"]` (of further latent nodes with their names behind).

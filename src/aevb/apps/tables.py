@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 from aevb.apps.progress import rows_done
 from aevb.apps.runs import data_of, in_parts, marginal_of, pixels, rows_of_file, schema_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
+    import torch
+    import torch.distributions as td
     from rich.table import Table
     from torch import Tensor
 
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 _SET = "imputation"
+_DRAWS = 1000
+"""Draws behind the moments of a posterior that has none in closed form."""
 _COLUMNS = 3
 """Most columns that are named for an odd row."""
 
@@ -294,7 +298,7 @@ def encode_file(run: Run, path: str, out: Path) -> str:
 
     def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
         posterior = run.vae.posterior(prepare(run.vae, {"x": rows}))
-        return {node: {"mean": d.mean, "std": d.stddev} for node, d in posterior.items()}
+        return {node: _moments(d) for node, d in posterior.items()}
 
     with evaluating(run.vae):
         codes = in_parts(rows_of_file(run, path), look)
@@ -310,6 +314,35 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     columns = [f"{node}{j + 1}_{name}" for (node, name), value in parts.items() for j in range(value.shape[1])]
     write_rows(out, torch.cat(list(parts.values()), 1).numpy(), columns)
     return f"{rows} rows, {len(columns)} columns written to {out}"
+
+
+def _moments(d: td.Distribution) -> dict[str, Tensor]:
+    """Mean and standard deviation; of a flow, which has none in closed form, those of draws."""
+    import torch
+
+    from aevb.distributions import draw
+
+    try:
+        return {"mean": d.mean, "std": d.stddev}
+    except NotImplementedError:
+        draws = draw(d, torch.Size([_DRAWS, *d.batch_shape]), _Common())
+        return {"mean": draws.mean(0), "std": draws.std(0)}
+
+
+@final
+class _Common:
+    """Noise that all rows share: a row's figures depend on no other row."""
+
+    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """Standard normals `(K, N, *event)`."""
+        import torch
+
+        one = torch.randn(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+        return one.to(like.device).expand(shape)
+
+    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
+        """Of nothing but normals is noise asked here."""
+        raise NotImplementedError
 
 
 def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, seed: int, whole: bool = False) -> str:
