@@ -621,6 +621,17 @@ def test_epoch_draws_anew(tmp_path):
     assert ((mean - grey).abs() <= 4 * standard_error).all()
 
 
+def test_every_grey_value_has_its_share_of_sixteen_bits(monkeypatch):
+    """All 65,536 values of the noise, once each: probabilities to 2e-5, exactly 0 and 1 at the ends."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16)
+    monkeypatch.setattr("aevb.data.binary._sixteen_bits", lambda like: every.unsqueeze(1).expand(like.shape))
+    rows = Binarized(torch.arange(256).to(torch.uint8).unsqueeze(0))
+    share = rows.take(torch.zeros(2**16, dtype=torch.int64))["x"].double().mean(0)
+    assert ((share - torch.arange(256).double() / 255).abs() < 2e-5).all()
+    assert share[0] == 0
+    assert share[255] == 1
+
+
 def test_black_and_white_are_certain():
     rows = Binarized(torch.tensor([[0, 255]], dtype=torch.uint8), node="pixels")
     draws = rows.take(torch.zeros(100_000, dtype=torch.int64))["pixels"]

@@ -56,22 +56,17 @@ class Binarized:
         """The rows `indices`, `(B,)`, as zeros and ones: `{node: (B, P) float32}`."""
         grey = self.grey[indices]
         if grey.dtype == torch.uint8:
-            ones = _sixteen_bits(grey) < _threshold(grey)
+            # Of all int16 a share g / 255 lies below, to 2e-5: none for 0, all for 255.
+            ones = _sixteen_bits(grey).float() < grey.float().mul_(2**16 / _BYTE).sub_(2**15)
         else:
             ones = torch.rand(grey.shape, dtype=grey.dtype, device=grey.device) < grey
         return {self.node: ones.float()}
 
 
 def _sixteen_bits(like: Tensor) -> Tensor:
-    """Uniform int16 of the shape of `like`, four from each draw of 64 bits: a quarter of the time of floats."""
+    """Uniform int16 of the shape of `like`, four from each draw of 64 bits: less than half the time of floats."""
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     return words.random_(-(2**63), None).view(torch.int16)[: like.numel()].reshape(like.shape)
-
-
-def _threshold(grey: Tensor) -> Tensor:
-    """Below it is a share g / 255 of all int16, to the nearest of 65,536: none for 0, all for 255."""
-    wide = grey.to(torch.int32)
-    return wide * 257 + (wide >= 128) - 2**15
 
 
 def full_grey(grey: Tensor) -> int:
