@@ -115,6 +115,31 @@ def test_what_has_no_closed_form_or_operator_is_left_out_and_named(binary: Path,
     assert {path.name for path in out.iterdir()} == {"decoder.onnx", "export.json"}
 
 
+def test_counts_of_cells_are_exported_with_their_library_size(tmp_path: Path) -> None:
+    """The encoder gives what the decoder takes; columns that were dropped are told."""
+    counts = np.random.default_rng(0).poisson(2.0, (60, 5)).astype(np.float32)
+    counts[:, 1] = 0
+    np.save(tmp_path / "x.npy", counts)
+    run, out = tmp_path / "run", tmp_path / "nets"
+    likelihood = ["--likelihood", "negative-binomial", "--library", "observed", "--drop-constant"]
+    succeed("train", tmp_path / "x.npy", "--out", run, *TRAIN, *likelihood)
+    succeed("export", run, "--out", out)
+    record = json.loads((out / "export.json").read_text())
+    assert record["kept"] == [0, 2, 3, 4]
+    assert list(record["parts"]["encoder"]["outputs"]) == ["mean_z", "std_z", "library"]
+    x = torch.from_numpy(counts[:3][:, record["kept"]])
+    mean, _, library = call(out, "encoder", x)
+    torch.testing.assert_close(library, x.sum(1, keepdim=True).log())
+    (expected,) = call(out, "decoder", torch.cat([mean, library], 1))
+    torch.testing.assert_close(expected.sum(1), x.sum(1))  # shares of the library
+
+
+def test_a_file_that_is_off_is_left_out(binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aevb.apps.export._ROUNDING", -1.0)
+    assert "Try --format torch" in refuse("export", binary / "run", "--out", tmp_path / "nets")
+    assert not (tmp_path / "nets").exists()
+
+
 def test_mistakes_are_told(binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "exists already" in refuse("export", binary / "run", "--out", tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)

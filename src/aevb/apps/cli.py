@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import os
 import sys
 import warnings
@@ -485,8 +486,7 @@ def export(
 
     found = open_run(run)
     _, rows, _ = test_rows(found, data_of(found, data))
-    for told in export_run(found, rows[:_COMPARED], out, format, seed):
-        print(told, flush=True)
+    export_run(found, rows[:_COMPARED], out, format, seed, functools.partial(print, flush=True))
 
 
 def check(seed: int = 0, json: bool = False) -> None:

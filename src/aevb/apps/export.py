@@ -6,8 +6,9 @@ import contextlib
 import io
 import json
 import logging
+import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, final
@@ -32,6 +33,9 @@ _SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 _ROWS, _DRAWS = 20, 8
 """Rows that the networks are traced with, and draws a row: files take any number of both."""
 
+_ROUNDING = 1e-3
+"""Largest difference from the run's figures that is taken for rounding, of one plus the largest of them."""
+
 _MOMENTS = ("mean", "std")
 
 _UNSPECIALISED: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
@@ -49,18 +53,20 @@ class _Part:
     axes: tuple[dict[int, str], ...]  # of each input those that may have any length
 
 
-def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int) -> Iterator[str]:
-    """Write the parts into a new folder; yields a line on each when it is done.
+def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int, tell: Callable[[str], None]) -> None:
+    """Write the parts into a new folder, and tell of each in a line.
 
-    Each file is opened again and compared with the run's own model on `rows`, as many as there are; a part that the
-    format cannot hold is left out and named. `export.json` tells what each takes and gives, and how far it was off.
+    Each file is opened again and compared with the run's own model on `rows`; a part that the format cannot hold, or
+    that is further off than rounding, is left out and named. `export.json` tells what each takes and gives, which
+    columns of the data they are, and how far it was off.
 
     Args:
         run: The run.
         rows: Real ones, `(N, P)`, NaN for missing.
-        out: Folder, which must not be there.
+        out: Folder, which must not be there; nothing is left of it if nothing could be written.
         format: Of the files.
         seed: Of the noise that the scorers are compared with.
+        tell: Takes a line on each part when it is done.
 
     Raises:
         InputError: If `out` exists, ONNX's packages are missing, or no part could be written.
@@ -68,33 +74,45 @@ def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int) -> 
     if out.exists():
         raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")
     _check_packages(format)
-    with evaluating(run.vae):
-        values = prepare(run.vae, {"x": rows})
-        parts = _parts(run.vae, values["x"], seed)
-        out.mkdir(parents=True)
-        record: dict[str, Any] = {"format": format, "columns": run.data.get("columns"), "parts": {}, "left_out": {}}
-        record |= {"schema": run.data["command"].get("schema"), "made": run.made}
-        for name, part in parts.items():
-            path = out / f"{name}{_SUFFIX[format]}"
-            try:
-                program, least = _traced(part)
-                write_atomically(path, _content(program, part, format))
-                away = _furthest(part, path, format)
-            except Exception as error:  # tracers and runtimes raise their own
-                path.unlink(missing_ok=True)
-                record["left_out"][name] = reason = _reason(error, format)
-                yield f"{name}: left out, {reason}"
-                continue
-            record["parts"][name] = {
-                "file": path.name, "inputs": part.inputs, "outputs": part.outputs, "least_rows_and_draws": least,
-                "compared_rows": len(rows), "largest_difference": away,
-            }  # fmt: skip
-            shown = ", ".join(f"{value:.1e} in {output}" for output, value in away.items())
-            ends = f"{', '.join(part.inputs)} to {', '.join(part.outputs)}"
-            yield f"{path}: {ends}; on {len(rows)} rows at most {shown} off"
-    write_atomically(out / "export.json", (json.dumps(record, indent=2) + "\n").encode())
-    if not record["parts"]:
-        raise InputError(f"Nothing of this model can be written as {format}. Try --format torch.")
+    record: dict[str, Any] = {"format": format, "made": run.made, "parts": {}, "left_out": {}}
+    record |= {name: run.data.get(name) for name in ("columns", "kept", "dropped", "binarize")}
+    record["schema"] = run.data["command"].get("schema")
+    out.mkdir(parents=True)
+    try:
+        with evaluating(run.vae):
+            values = prepare(run.vae, {"x": rows})
+            for name, part in _parts(run.vae, values["x"], seed).items():
+                _write(name, part, out, record, tell)
+        if not record["parts"]:
+            raise InputError(f"Nothing of this model can be written as {format}. Try --format torch.")
+        write_atomically(out / "export.json", (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+
+
+def _write(name: str, part: _Part, out: Path, record: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """One part as a file, with its entry in the record; or why it is left out."""
+    format: Format = record["format"]
+    path = out / f"{name}{_SUFFIX[format]}"
+    try:
+        program, least = _traced(part)
+        write_atomically(path, _content(program, part, format))
+        away = _furthest(part, path, format)
+    except OSError:
+        raise
+    except Exception as error:  # tracers and runtimes raise their own
+        path.unlink(missing_ok=True)
+        record["left_out"][name] = reason = _reason(error, format)
+        tell(f"{name}: left out, {reason}")
+        return
+    rows = part.given[0].shape[0]
+    record["parts"][name] = {
+        "file": path.name, "inputs": part.inputs, "outputs": part.outputs, "least_rows_and_draws": least,
+        "compared_rows": rows, "largest_difference": away,
+    }  # fmt: skip
+    shown = ", ".join(f"{value:.1e} in {output}" for output, value in away.items())
+    tell(f"{path}: {', '.join(part.inputs)} to {', '.join(part.outputs)}; on {rows} rows at most {shown} off")
 
 
 def _check_packages(format: Format) -> None:
@@ -122,8 +140,11 @@ def _parts(vae: VAE, x: Tensor, seed: int) -> dict[str, _Part]:
     total = sum(latent.values())
     noise = torch.randn(_DRAWS, len(x), total, generator=torch.Generator().manual_seed(seed)).to(x)
     rows = {0: "rows"}
+    moments |= {node: f"(N, {width}), computed from x" for node, width in beside.items() if node not in latent}
     return {
-        "encoder": _Part(net=_Encoder(vae, tuple(latent)), inputs=seen, outputs=moments, given=(x,), axes=(rows,)),
+        "encoder": _Part(
+            net=_Encoder(vae, tuple(latent), tuple(beside)), inputs=seen, outputs=moments, given=(x,), axes=(rows,)
+        ),
         "decoder": _Part(
             net=_Decoder(vae, beside),
             inputs={"z": f"(N, {sum(beside.values())}): {_side_by_side(beside)}"},
@@ -203,9 +224,14 @@ def _furthest(part: _Part, path: Path, format: Format) -> dict[str, float]:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         given = {name: each.numpy() for name, each in zip(part.inputs, part.given, strict=True)}
         found = [torch.from_numpy(each) for each in session.run(list(part.outputs), given)]
-    return {
-        name: float((one - other).abs().max()) for name, one, other in zip(part.outputs, found, wanted, strict=True)
-    }
+    away = {}
+    for name, one, other in zip(part.outputs, found, wanted, strict=True):
+        same = (one == other) | (one.isnan() & other.isnan())  # infinities too
+        gap, size = torch.where(same, 0.0, (one - other).abs()), torch.where(other.isfinite(), other.abs(), 0.0)
+        away[name] = float(gap.max())
+        if not away[name] <= _ROUNDING * (1 + float(size.max())):
+            raise InputError(f"its {name} is {away[name]:g} away from the run's own")
+    return away
 
 
 def _reason(error: Exception, format: Format) -> str:
@@ -235,11 +261,11 @@ def _quiet() -> Iterator[None]:
 
 @final
 class _Encoder(nn.Module):
-    """Mean and standard deviation of q of each latent node; of nodes below others, at the others' means."""
+    """Mean and standard deviation of q of each latent node, at the means of those above; then what is computed."""
 
-    def __init__(self, vae: VAE, nodes: tuple[str, ...]) -> None:
+    def __init__(self, vae: VAE, nodes: tuple[str, ...], beside: tuple[str, ...]) -> None:
         super().__init__()
-        self.vae, self.nodes = vae, nodes
+        self.vae, self.nodes, self.beside = vae, nodes, beside
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         known, found = {"x": x}, []
@@ -250,7 +276,7 @@ class _Encoder(nn.Module):
                 found += [d.mean, d.stddev] if node in self.nodes else []
             except NotImplementedError:
                 raise InputError(f"q({node} | x) is a flow, which has no moments in closed form") from None
-        return tuple(found)
+        return (*found, *(known[node] for node in self.beside if node not in self.nodes))
 
 
 @final

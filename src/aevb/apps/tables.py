@@ -41,6 +41,8 @@ __all__ = [
 _SET = "imputation"
 _DRAWS = 1000
 """Draws behind the moments of a posterior that has none in closed form."""
+_TOGETHER = 256
+"""Rows that are encoded together: of each there may be so many draws."""
 _COLUMNS = 3
 """Most columns that are named for an odd row."""
 
@@ -297,8 +299,15 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     from aevb.data import write_h5ad, write_rows
 
     def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
-        posterior = run.vae.posterior(prepare(run.vae, {"x": rows}))
-        return {node: _moments(d) for node, d in posterior.items()}
+        values = prepare(run.vae, {"x": rows})["x"]
+        found = [
+            {(node, name): value for node, d in run.vae.posterior({"x": part}).items() for name, value in _moments(d)}
+            for part in values.split(_TOGETHER)
+        ]
+        codes: dict[str, dict[str, Tensor]] = {}
+        for node, name in found[0]:
+            codes.setdefault(node, {})[name] = torch.cat([each[node, name] for each in found])
+        return codes
 
     with evaluating(run.vae):
         codes = in_parts(rows_of_file(run, path), look)
@@ -316,17 +325,17 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     return f"{rows} rows, {len(columns)} columns written to {out}"
 
 
-def _moments(d: td.Distribution) -> dict[str, Tensor]:
+def _moments(d: td.Distribution) -> list[tuple[str, Tensor]]:
     """Mean and standard deviation; of a flow, which has none in closed form, those of draws."""
     import torch
 
     from aevb.distributions import draw
 
     try:
-        return {"mean": d.mean, "std": d.stddev}
+        return [("mean", d.mean), ("std", d.stddev)]
     except NotImplementedError:
         draws = draw(d, torch.Size([_DRAWS, *d.batch_shape]), _Common())
-        return {"mean": draws.mean(0), "std": draws.std(0)}
+        return [("mean", draws.mean(0)), ("std", draws.std(0))]
 
 
 @final
