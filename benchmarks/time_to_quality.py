@@ -79,14 +79,8 @@ def main() -> None:
         f"({(time.perf_counter() - began) / 60:.1f} min of evaluation)"
     )
     plot(curve, mean, FOLDER / "time_to_quality.svg")
-    row = {
-        "seed": options.seed,
-        "epochs": options.epochs,
-        "batch": options.batch,
-        "rate": options.rate,
-        "average": options.average,
-    }
-    row |= {"gradient": options.gradient, "minutes": minutes, "log_prob": mean, "std_error": error}
+    row = {name: getattr(options, name) for name in ("seed", "epochs", "batch", "rate", "average", "gradient")}
+    row |= {"minutes": minutes, "log_prob": mean, "std_error": error}
     write("time_to_quality", [row], told)
 
 

@@ -606,10 +606,7 @@ def test_quadrature_agrees_for_every_prior_and_posterior(prior, posterior):
     truth = by_grid(vae, x, 161)[0]
     assert bool(((truth - by_grid(vae, x, 81)[0]).abs() < 1e-3).all())
     # From the prior no path knows of q: one posterior is enough for it.
-    starts = (
-        ("posterior",) if posterior != "diagonal" else ("prior", "posterior") if prior == "standard" else ("prior",)
-    )
-    for start in starts:
+    for start in ["prior"] * (posterior == "diagonal") + ["posterior"] * (prior == "standard"):
         if start == "posterior" and posterior in WITHOUT_INVERSE:
             with pytest.raises(InputError, match=r'needs the density of q at any `z`.*Or use start="prior"'):
                 ais(vae, {"x": x}, temperatures=2, leapfrogs=1, start=start)

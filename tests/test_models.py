@@ -720,3 +720,12 @@ def test_the_score_of_a_shared_draw_has_no_baseline_from_the_rows():
         found.append(torch.autograd.grad(bound, logits)[0])
     stacked = torch.stack(found)
     assert bool(((stacked.mean(0) - exact).abs() < 4 * stacked.std(0) / 4000**0.5).all())
+
+
+@pytest.mark.parametrize("value", [0.1, 3e-17, 1e9 + 0.1])
+def test_what_rounding_leaves_of_a_constant_column_is_no_spread(value: float) -> None:
+    """The mean of a tenth is off by its last digit: scaled by that, the column's density would have no limit."""
+    x = torch.randn(997, 3, dtype=torch.float64)
+    x[:, 1] = value
+    with pytest.raises(InputError, match=r"Column 1 of the data is constant.*would go to zero"):
+        aevb.build_vae(aevb.ModelConfig(features=3, likelihood="normal", latents=1), x)

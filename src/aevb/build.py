@@ -334,7 +334,7 @@ def _start(config: ModelConfig, x: Tensor | _Rows | None) -> _Start:
     values = x.to(torch.float64)
     known = (~values.isnan()).sum(0).clamp(min=1)
     mean = values.nansum(0) / known
-    spread = ((values - mean).square().nansum(0) / known).sqrt()
+    spread = _moving(((values - mean).square().nansum(0) / known).sqrt(), mean)
     if config.likelihood not in ("normal", "student-t"):
         # Pixels that hardly move would be blown up by their own spread: one for all.
         spread = spread.square().mean().sqrt().expand_as(mean)
@@ -390,7 +390,8 @@ def _table_start(config: ModelConfig, x: Tensor) -> _Start:
         if not len(values):
             raise InputError(f"Column {j} of the data has no values at all, and nothing can be learned of it. Drop it.")
         link = {"count": values.log1p(), "positive": values.log()}.get(kind.name, values)
-        mean[j], scale[j] = link.mean(), link.std(correction=0)
+        mean[j] = link.mean()
+        scale[j] = _moving(link.std(correction=0), mean[j])
         if kind.name in ("continuous", "positive"):
             if scale[j] == 0:
                 raise InputError(
@@ -434,6 +435,11 @@ def _first_bias(kind: Kind, values: Tensor) -> Tensor:
         scale = (values.std(correction=0) * 3**0.5 / math.pi).clamp(min=0.3) / half
         return torch.stack([(values.mean() - kind.low) / half - 1, scale.expm1().log()])
     return _log(values.mean()).reshape(1) if kind.name == "count" else values.new_zeros(1)
+
+
+def _moving(spread: Tensor, mean: Tensor) -> Tensor:
+    """The spread of a column; 0 where it is what rounding leaves of a constant."""
+    return torch.where(spread <= 1e-13 * mean.abs(), 0.0, spread)
 
 
 def _step(values: Tensor) -> Tensor:

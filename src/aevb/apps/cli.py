@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import functools
 import os
 import sys
 import warnings
@@ -22,16 +21,7 @@ except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
 from aevb.apps.loggers import Tracker
-from aevb.apps.runs import (
-    EVALUATION,
-    data_of,
-    diagnose_run,
-    evaluate_run,
-    judged,
-    open_run,
-    schema_of,
-    test_rows,
-)
+from aevb.apps.runs import EVALUATION, data_of, diagnose_run, evaluate_run, judged, open_run, schema_of, test_rows
 from aevb.apps.train import Stopped, go_on, start
 from aevb.config import InputError, ModelConfig, TrainConfig
 
@@ -41,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _REPORT = "report.html"
-_COMPARED = 1000
-"""Rows at most on which exported networks are compared with the run's."""
-
 _Rows = Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="ROWS")]
 _Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="{ais,gaps,information,calibration,checks}")]
 _Folder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")]
@@ -486,7 +473,7 @@ def export(
 
     found = open_run(run)
     _, rows, _ = test_rows(found, data_of(found, data))
-    export_run(found, rows[:_COMPARED], out, format, seed, functools.partial(print, flush=True))
+    export_run(found, rows, out, format, seed, lambda line: print(line, flush=True))
 
 
 def check(seed: int = 0, json: bool = False) -> None:

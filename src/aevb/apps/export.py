@@ -15,7 +15,6 @@ from typing import Any, Literal, final
 
 import torch
 import torch._dynamo.exc
-import torch.distributions as td
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
@@ -23,6 +22,8 @@ from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, prepare, terms
 from aevb.checkpoint import Run, write_atomically
 from aevb.config import InputError
+from aevb.data import SparseRows
+from aevb.distributions import Given
 
 __all__ = ["Format", "export_run"]
 
@@ -33,13 +34,16 @@ _SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 _ROWS, _DRAWS = 20, 8
 """Rows that the networks are traced with, and draws a row: files take any number of both."""
 
+_COMPARED = 1000
+"""Most rows that files are compared with the run on."""
+
 _ROUNDING = 1e-3
 """Largest difference from the run's figures that is taken for rounding, of one plus the largest of them."""
 
 _MOMENTS = ("mean", "std")
 
-_UNSPECIALISED: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
-"""An option of torch's tracer, which has no public name: without it a length of one is always a case of its own."""
+_tracer_options: Any = torch.fx.experimental._config.patch  # type: ignore[attr-defined]
+"""Torch's own, without a public name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,9 @@ class _Part:
     axes: tuple[dict[int, str], ...]  # of each input those that may have any length
 
 
-def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int, tell: Callable[[str], None]) -> None:
+def export_run(
+    run: Run, rows: Tensor | SparseRows, out: Path, format: Format, seed: int, tell: Callable[[str], None]
+) -> None:
     """Write the parts into a new folder, and tell of each in a line.
 
     Each file is opened again and compared with the run's own model on `rows`; a part that the format cannot hold, or
@@ -62,7 +68,7 @@ def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int, tel
 
     Args:
         run: The run.
-        rows: Real ones, `(N, P)`, NaN for missing.
+        rows: Real ones, `(N, P)`, NaN for missing, of which the first are compared.
         out: Folder, which must not be there; nothing is left of it if nothing could be written.
         format: Of the files.
         seed: Of the noise that the scorers are compared with.
@@ -80,7 +86,7 @@ def export_run(run: Run, rows: Tensor, out: Path, format: Format, seed: int, tel
     out.mkdir(parents=True)
     try:
         with evaluating(run.vae):
-            values = prepare(run.vae, {"x": rows})
+            values = prepare(run.vae, {"x": rows[:_COMPARED]})
             for name, part in _parts(run.vae, values["x"], seed).items():
                 _write(name, part, out, record, tell)
         if not record["parts"]:
@@ -175,19 +181,19 @@ def _sees_holes(vae: VAE) -> tuple[str, ...]:
     return ("x",)
 
 
-def _traced(part: _Part) -> tuple[torch.export.ExportedProgram, int]:
+def _traced(part: _Part, least: int = 1) -> tuple[torch.export.ExportedProgram, int]:
     """One graph of a part for any lengths of its axes, or where that cannot be for all from two; the least one."""
     given = tuple(_cut(each, axes) for each, axes in zip(part.given, part.axes, strict=True))
-    for least in (1, 2):
-        sizes = {name: torch.export.Dim(name, min=least) for axes in part.axes for name in axes.values()}
-        shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in part.axes)
-        try:
-            with _UNSPECIALISED(backed_size_oblivious=True), _quiet():
-                return torch.export.export(part.net, given, dynamic_shapes=shapes, strict=False), least
-        except torch._dynamo.exc.UserError:  # a product that broadcasts
-            if least == 2:
-                raise
-    raise AssertionError
+    sizes = {name: torch.export.Dim(name, min=least) for axes in part.axes for name in axes.values()}
+    shapes = tuple({axis: sizes[name] for axis, name in axes.items()} for axes in part.axes)
+    try:
+        # Without the option a length of one is always a case of its own.
+        with _tracer_options(backed_size_oblivious=True), _quiet():
+            return torch.export.export(part.net, given, dynamic_shapes=shapes, strict=False), least
+    except torch._dynamo.exc.UserError:  # a product that broadcasts
+        if least > 1:
+            raise
+        return _traced(part, least=2)
 
 
 def _cut(example: Tensor, axes: dict[int, str]) -> Tensor:
@@ -303,22 +309,8 @@ class _Scorer(nn.Module):
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         each = dict(zip(self.widths, noise.split(list(self.widths.values()), dim=-1), strict=True))
         found = terms(
-            self.vae, {"x": x}, noise.shape[0], kl="sampled", holes=self.holes, noise=lambda node: _Given(each[node])
+            self.vae, {"x": x}, noise.shape[0], kl="sampled", holes=self.holes, noise=lambda node: Given([each[node]])
         )
         log_w = found.log_weights()
         # K counted by the graph: Python would write the example's into it.
         return log_w.logsumexp(0) - torch.ones_like(log_w).sum(0).log()
-
-
-@final
-class _Given:
-    """Noise that is an input."""
-
-    def __init__(self, eps: Tensor) -> None:
-        self.eps = eps
-
-    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        return self.eps.to(like)
-
-    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
-        raise InputError("q draws noise that is not normal")

@@ -74,8 +74,11 @@ def marginal_of(vae: Any, rows: Tensor | SparseRows, samples: int, **settings: A
     return found
 
 
-def in_parts(rows: Tensor | SparseRows, look: Callable[[Tensor], Any], kind: Callable[..., Any] | None = None) -> Any:
-    """What `look` finds of all rows: dense rows at once, sparse ones part by part, rows of the results joined.
+def in_parts(
+    rows: Tensor | SparseRows, look: Callable[[Tensor], Any], kind: Callable[..., Any] | None = None,
+    together: int | None = None,
+) -> Any:  # fmt: skip
+    """What `look` finds of all rows: dense rows at once, or so many together, sparse ones part by part; joined.
 
     Results are tensors `(N, ...)`, such by key, or records of the given kind made of them and of what is the same for
     all rows.
@@ -84,8 +87,11 @@ def in_parts(rows: Tensor | SparseRows, look: Callable[[Tensor], Any], kind: Cal
     from torch import Tensor
 
     if isinstance(rows, Tensor):
-        return look(rows)
-    found = [look(rows[part]) for part in rows.split()]
+        found = [look(part) for part in rows.split(together or len(rows))]
+    else:
+        found = [look(rows[part]) for part in rows.split()]
+    if len(found) == 1:
+        return found[0]
 
     def joined(values: list[Any]) -> Any:
         if isinstance(values[0], Tensor):

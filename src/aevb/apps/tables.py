@@ -9,14 +9,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 from aevb.apps.progress import rows_done
 from aevb.apps.runs import data_of, in_parts, marginal_of, pixels, rows_of_file, schema_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
-    import torch
     import torch.distributions as td
     from rich.table import Table
     from torch import Tensor
@@ -299,18 +298,14 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     from aevb.data import write_h5ad, write_rows
 
     def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
-        values = prepare(run.vae, {"x": rows})["x"]
-        found = [
-            {(node, name): value for node, d in run.vae.posterior({"x": part}).items() for name, value in _moments(d)}
-            for part in values.split(_TOGETHER)
-        ]
-        codes: dict[str, dict[str, Tensor]] = {}
-        for node, name in found[0]:
-            codes.setdefault(node, {})[name] = torch.cat([each[node, name] for each in found])
-        return codes
+        posterior = run.vae.posterior(prepare(run.vae, {"x": rows}))
+        return {node: _moments(d) for node, d in posterior.items()}
 
     with evaluating(run.vae):
-        codes = in_parts(rows_of_file(run, path), look)
+        values = rows_of_file(run, path)
+        if isinstance(values, torch.Tensor):  # as a whole: what is wrong is told by its place in the file
+            values = prepare(run.vae, {"x": values})["x"]
+        codes = in_parts(values, look, together=_TOGETHER)
     parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
     rows = len(next(iter(parts.values())))
     if out.suffix.lower() == ".h5ad":
@@ -325,33 +320,19 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     return f"{rows} rows, {len(columns)} columns written to {out}"
 
 
-def _moments(d: td.Distribution) -> list[tuple[str, Tensor]]:
+def _moments(d: td.Distribution) -> dict[str, Tensor]:
     """Mean and standard deviation; of a flow, which has none in closed form, those of draws."""
     import torch
 
-    from aevb.distributions import draw
+    from aevb.distributions import Given, draw
 
     try:
-        return [("mean", d.mean), ("std", d.stddev)]
+        return {"mean": d.mean, "std": d.stddev}
     except NotImplementedError:
-        draws = draw(d, torch.Size([_DRAWS, *d.batch_shape]), _Common())
-        return [("mean", draws.mean(0)), ("std", draws.std(0))]
-
-
-@final
-class _Common:
-    """Noise that all rows share: a row's figures depend on no other row."""
-
-    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """Standard normals `(K, N, *event)`."""
-        import torch
-
-        one = torch.randn(shape[0], 1, *shape[2:], generator=torch.Generator().manual_seed(0), dtype=like.dtype)
-        return one.to(like.device).expand(shape)
-
-    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
-        """Of nothing but normals is noise asked here."""
-        raise NotImplementedError
+        # Common to all rows, so that a row's figures depend on no other.
+        noise = torch.randn(_DRAWS, 1, *d.event_shape, generator=torch.Generator().manual_seed(0))
+        draws = draw(d, torch.Size([_DRAWS, *d.batch_shape]), Given([noise]))
+        return {"mean": draws.mean(0), "std": draws.std(0)}
 
 
 def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, seed: int, whole: bool = False) -> str:

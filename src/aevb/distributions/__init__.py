@@ -2,7 +2,7 @@
 
 from aevb.distributions.between import between
 from aevb.distributions.density import base_of, check_factorizes, entries_log_prob, log_prob, support_violation
-from aevb.distributions.drawing import Noise, draw, normals, reparameterize, rsample_and_log_prob
+from aevb.distributions.drawing import Given, Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
     Bernoulli,
     BetaBinomial,
@@ -26,6 +26,7 @@ __all__ = [
     "Codes",
     "Delta",
     "DiscretizedLogistic",
+    "Given",
     "LogNormal",
     "Mixed",
     "NegativeBinomial",

@@ -8,8 +8,8 @@ For Gaussians the pair is read off the noise, so that drawing with the density s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Protocol, final
 
 import torch
 import torch.distributions as td
@@ -18,7 +18,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.distributions.density import base_of
 
-__all__ = ["Noise", "draw", "normals", "reparameterize", "rsample_and_log_prob"]
+__all__ = ["Given", "Noise", "draw", "normals", "reparameterize", "rsample_and_log_prob"]
 
 _LOG_2PI = math.log(2 * math.pi)
 
@@ -33,6 +33,22 @@ class Noise(Protocol):
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
         """A reparameterized draw `(*shape, *event)` of a distribution whose own noise is not known to be normal."""
         ...
+
+
+@final
+class Given:
+    """Noise that was drawn beforehand, a tensor for each time that it is asked for; it may be common to rows."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = iter(tensors)
+
+    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
+        """The next one."""
+        return next(self.tensors).to(like).expand(shape)
+
+    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
+        """Such noise is normal only."""
+        raise InputError(f"{type(d).__name__} draws noise that is not normal, and no other was given. Draw it anew.")
 
 
 def draw(d: td.Distribution, shape: torch.Size, noise: Noise | None = None) -> Tensor:

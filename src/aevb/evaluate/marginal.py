@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -19,7 +19,7 @@ from aevb._compiler import can_compile, compiled
 from aevb._shapes import Values, rows_of
 from aevb.bayesnet import VAE
 from aevb.config import InputError
-from aevb.distributions import Noise
+from aevb.distributions import Given, Noise
 from aevb.evaluate.pareto import pareto_k
 from aevb.evaluate.stream import BLOCK, Pass, stream
 
@@ -172,8 +172,8 @@ class _Compiled:
         draws, rows = self.size
 
         def look(values: dict[str, Tensor], noise: dict[str, list[Tensor]]) -> tuple[Tensor, Tensor]:
-            given = {node: iter(tensors) for node, tensors in noise.items()}
-            fixed = replace(made, encoded={}, noise=lambda node: _Given(given[node]))
+            given = {node: Given(tensors) for node, tensors in noise.items()}
+            fixed = replace(made, encoded={}, noise=lambda node: given[node])
             log_w, integrand = _weights(self.vae, values, draws, fixed)
             return log_w.expand(draws, rows), integrand.expand(draws, rows)
 
@@ -195,22 +195,6 @@ class _Asked:
     def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
         """As the source has it."""
         return self.source.rsample(d, shape)
-
-
-@final
-class _Given:
-    """Noise that was drawn beforehand."""
-
-    def __init__(self, tensors: Iterator[Tensor]) -> None:
-        self.tensors = tensors
-
-    def normal(self, shape: torch.Size, like: Tensor) -> Tensor:
-        """The next one."""
-        return next(self.tensors)
-
-    def rsample(self, d: td.Distribution, shape: torch.Size) -> Tensor:
-        """Nothing but normals was asked for."""
-        raise AssertionError
 
 
 class _Running:
