@@ -134,7 +134,7 @@ def test_trained_on_holes_meets_the_oracle():
         BayesNet({"z | x": DiagonalNormal(Holes(MLP(4, [20], 2)))}),
     )
     config = aevb.TrainConfig(
-        steps=2500, batch_size=500, learning_rate=0.01, schedule="cosine", validation=0.0, log_every=2500
+        steps=1000, batch_size=500, learning_rate=0.02, schedule="cosine", validation=0.0, log_every=1000
     )
     aevb.fit(vae, {"x": x}, config)
 

@@ -309,8 +309,10 @@ def mixed_ordinals(module: nn.Module, out: np.ndarray) -> Oracle:
 
 
 def mixed_counts(module: nn.Module, out: np.ndarray) -> Oracle:
+    """Mean and chance of zero of each column stand side by side."""
     theta = np.exp(module.log_theta.detach().numpy())
-    return Entries(stats.nbinom(theta, theta / (theta + np.exp(out))))
+    log_mean, zero = out.reshape(D, 2).T
+    return Entries(ZeroInflated(1 / (1 + np.exp(-zero)), stats.nbinom(theta, theta / (theta + np.exp(log_mean)))))
 
 
 def mixed(*kinds: str, **units: Any) -> Mixed:

@@ -434,7 +434,11 @@ def _first_bias(kind: Kind, values: Tensor) -> Tensor:
         half = 0.5 * (kind.values - 1)
         scale = (values.std(correction=0) * 3**0.5 / math.pi).clamp(min=0.3) / half
         return torch.stack([(values.mean() - kind.low) / half - 1, scale.expm1().log()])
-    return _log(values.mean()).reshape(1) if kind.name == "count" else values.new_zeros(1)
+    if kind.name == "count":  # zeros beyond what a Poisson of this mean would have
+        mean, zeros = values.mean(), (values == 0).double().mean()
+        excess = ((zeros - (-mean).exp()) / (1 - (-mean).exp()).clamp(min=1e-3)).clamp(1e-3, 0.999)
+        return torch.stack([_log(mean / (1 - excess)), torch.logit(excess)])
+    return values.new_zeros(1)
 
 
 def _moving(spread: Tensor, mean: Tensor) -> Tensor:

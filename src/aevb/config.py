@@ -98,7 +98,7 @@ class Kind:
     @property
     def heads(self) -> int:
         """Numbers from a net that tell the distribution of one entry."""
-        return self.values if self.name == "categorical" else 2 if self.name == "ordinal" else 1
+        return self.values if self.name == "categorical" else 2 if self.name in ("ordinal", "count") else 1
 
     @property
     def inputs(self) -> int:

@@ -30,8 +30,8 @@ class Mixed(nn.Module):
     - `ordinal:LOW:HIGH`: :math:`p_j(k) \propto e^{b_{jk}} \ell_j(k)`, a logistic rounded to whole numbers,
       :math:`u_j` its location and scale (see `DiscretizedLogistic`), times a learned weight of each level, since
       answers heap: forty hours, round ages. A mass: unlike a density it cannot grow without limit on repeated values.
-    - `count`: negative binomial, :math:`u_j = \log \mu_j`, with a learned inverse dispersion; it comes near the Poisson
-      where the counts do, and needs no largest count.
+    - `count`: zero-inflated negative binomial, :math:`u_j = (\log \mu_j, \operatorname{logit} \pi_j)`, with a learned
+      inverse dispersion; it comes near the Poisson where the counts do, and needs no largest count.
     - `continuous`: :math:`N(m_j + s_j u_j,\, \sigma_j^2)`, :math:`\sigma_j = r_j + s_j \operatorname{softplus}(\rho_j)`
       with a learned :math:`\rho_j`. The floor :math:`r_j`, the column's resolution, is the step of its values: with
       :math:`\sigma_j \ge r_j` a value's density times its step stays below 0.4, so that columns with ties cannot buy
@@ -130,7 +130,7 @@ class Mixed(nn.Module):
                 real = kind.name == "continuous"
                 family = td.Normal(loc, sigma, validate_args=False) if real else LogNormal(loc, sigma)
             elif kind.name == "count":
-                family = distributions.NegativeBinomial(heads[..., 0], self.log_theta)
+                family = distributions.ZeroInflatedNegativeBinomial(heads[..., 0], self.log_theta, heads[..., 1])
             elif kind.name == "ordinal":
                 family = Codes(getattr(self, f"heap_{i}") + log_levels(kind, heads))
             else:
