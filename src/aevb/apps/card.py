@@ -195,18 +195,18 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
             "shapes, which are compared."
         )
         return
-    config, context, imports = vae.config, "", ["import aevb"]
+    config, context, size, imports = vae.config, "", "", ["import aevb"]
     if vae.context == ("library",):
         net = vae.q.conditional("library").net
         assert isinstance(net, LogTotal)
         context = f', {{"library": torch.full((3, 1), {float(net.loc):.2f})}}'
+        size = f" of library size exp({float(net.loc):.2f})"
         imports.append("import torch")
-    size = "with the library size that is given, " if context else ""
     lines = [
         *imports,
         "",
         'vae = aevb.from_pretrained(".")  # this folder; once it is on the hub, its name there: "owner/name"',
-        f'x = vae.p.sample(3{context})["x"]  # new rows, {size}(3, {config.features}); or rows of your own',
+        f'x = vae.p.sample(3{context})["x"]  # new rows{size}, (3, {config.features}); or your own',
         'aevb.log_marginal(vae, {"x": x}, samples=1000)  # log_prob: log p of each row, nats; std_error; pareto_k',
         f'vae.posterior({{"x": x}})["z"].sample()  # codes of rows, (3, {config.latents}), drawn from q(z | x)',
     ]
@@ -219,7 +219,7 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     if "command" in data:
         yield (
             "On the command line `aevb score`, `encode`, `impute` and `sample` take this folder in place of a run, and "
-            "files with the columns below:"
+            "files with the same columns:"
         )
         yield _block(["aevb score FOLDER new.csv --out scores.csv"])
 
