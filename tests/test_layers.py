@@ -26,12 +26,13 @@ LAYERS = [
     {"build"},
     {"bounds"},
     {"evaluate", "checkpoint", "factors"},
-    {"training"},
+    {"pretrained", "training"},
     {"data"},
     {"apps.summary", "apps.progress", "apps.loggers"},
     {"apps.diagnoses"},
-    {"apps.check", "apps.estimator", "apps.export", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
-    {"apps.tables", "apps.train"},
+    {"apps.check", "apps.estimator", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
+    {"apps.card", "apps.tables", "apps.train"},
+    {"apps.export"},
     {"apps.cli"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

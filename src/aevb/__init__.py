@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aevb._shapes import Values
+    from aevb.apps.card import save_pretrained
     from aevb.apps.estimator import AEVB as AEVB
     from aevb.apps.estimator import AEVBClassifier as AEVBClassifier
     from aevb.apps.estimator import AEVBRegressor as AEVBRegressor
@@ -84,10 +85,12 @@ if TYPE_CHECKING:
         Standardize,
         TransposedConvNet,
     )
+    from aevb.pretrained import from_pretrained
     from aevb.training import fit
 
 _HOMES = {
     "_shapes": ("Values",),
+    "apps.card": ("save_pretrained",),
     "bayesnet": (
         "VAE",
         "BayesNet",
@@ -188,6 +191,7 @@ _HOMES = {
         "Standardize",
         "TransposedConvNet",
     ),
+    "pretrained": ("from_pretrained",),
     "training": ("fit",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -263,6 +267,7 @@ __all__ = [
     "distance_to_closest",
     "elbo",
     "fit",
+    "from_pretrained",
     "impute",
     "inference_gaps",
     "information",
@@ -275,6 +280,7 @@ __all__ = [
     "reverse_ais",
     "sample_given",
     "save",
+    "save_pretrained",
     "simulation_based_calibration",
     "surprisal",
     "terms",

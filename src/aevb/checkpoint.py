@@ -26,7 +26,18 @@ from aevb.bayesnet import VAE
 from aevb.build import build_vae
 from aevb.config import InputError, ModelConfig, TrainConfig
 
-__all__ = ["Run", "explained", "holds_nothing", "load", "load_weights", "made_here", "save", "write_atomically"]
+__all__ = [
+    "Run",
+    "explained",
+    "holds_nothing",
+    "load",
+    "load_weights",
+    "made_here",
+    "packed",
+    "save",
+    "unpacked",
+    "write_atomically",
+]
 
 _FORMAT = 1
 _SUMS = "checksums.json"
@@ -71,13 +82,10 @@ def save(run: Run, path: str | Path | None = None, *, keep: int = 2) -> Path:
     target = run.path if path is None else Path(path)
     if target is None:
         raise InputError("This run has no folder yet. Give one: aevb.save(run, path).")
-    weights, aliases = _unshare(run.vae)
-    model = run.vae.config
+    weights, told = packed(run.vae)
     record = {
         "format": _FORMAT,
-        "model": model.to_json() if model else None,
-        "factors": {name: list(keys) for name, keys in _factors(run.vae).items()},
-        "aliases": aliases,
+        **told,
         "train": run.config.to_json(),
         "data": run.data,
         "made": run.made,
@@ -260,26 +268,10 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
     record = json.loads(files[_RECORD])
-    if vae is None:
-        if record["model"] is None:
-            keys = ", ".join(map(repr, (*record["factors"]["p"], *record["factors"]["q"])))
-            raise InputError(
-                f"`{target}` holds a model composed by hand ({keys}). Build it the same way and pass it: "
-                "aevb.load(path, vae)."
-            )
-        vae = build_vae(ModelConfig.from_json(record["model"])).to(_dtype(files))
-    factors = _factors(vae)
-    if factors != {"shared": []} | record["factors"]:
-        raise InputError(
-            f"`vae` has the factors {factors}, the run `{target}` {record['factors']}. Build it as it was saved."
-        )
-    weights = safetensors.torch.load(files[_WEIGHTS])
-    weights |= {alias: weights[name] for alias, name in record["aliases"].items()}
-    load_weights(vae, weights, f"the run `{target}`")
+    vae = unpacked(record, files[_WEIGHTS], f"the run `{target}`", vae, "aevb.load(path, vae)")
     resume = {}
     if _TRAINING in files:
         resume = {"tensors": safetensors.torch.load(files[_TRAINING]), "numbers": record["resume"]}
-    vae.eval()  # as `fit` left it
     return Run(
         vae=vae,
         config=TrainConfig.from_json(record["train"]),
@@ -291,16 +283,58 @@ def _restore(target: Path, files: Mapping[str, bytes], vae: VAE | None) -> Run:
     )
 
 
+def packed(vae: VAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights by name, each storage once, and the model as a record tells it, JSON-able."""
+    weights, aliases = _unshare(vae)
+    told = {
+        "model": vae.config.to_json() if vae.config else None,
+        "factors": {name: list(keys) for name, keys in _factors(vae).items()},
+        "aliases": aliases,
+    }
+    return weights, told
+
+
+def unpacked(told: Mapping[str, Any], content: bytes, origin: str, vae: VAE | None, remedy: str) -> VAE:
+    """The model that `packed` told of, in evaluation mode.
+
+    Args:
+        told: As `packed` gave it.
+        content: The weights, as safetensors writes them.
+        origin: Where both stood, in words.
+        vae: A model composed by hand, as it was; filled and returned. One made from a `ModelConfig` is rebuilt.
+        remedy: The call that takes such a model.
+
+    Raises:
+        InputError: If keys, names or shapes differ.
+    """
+    weights = safetensors.torch.load(content)
+    whose, cure = "`vae`", "Build it as it was saved."
+    if vae is None:
+        if told["model"] is None:
+            keys = ", ".join(map(repr, (*told["factors"]["p"], *told["factors"]["q"])))
+            raise InputError(
+                f"{origin[0].upper()}{origin[1:]} holds a model composed by hand ({keys}). Build it the same way and "
+                f"pass it: {remedy}."
+            )
+        kinds = [value.dtype for value in weights.values() if value.dtype.is_floating_point]
+        vae = build_vae(ModelConfig.from_json(told["model"])).to(kinds[0] if kinds else torch.get_default_dtype())
+        whose, cure = "The configuration", "Restore its files from one copy."
+    factors = _factors(vae)
+    if factors != {"shared": []} | told["factors"]:
+        raise InputError(f"{whose} has the factors {factors}, {origin} {told['factors']}. {cure}")
+    weights |= {alias: weights[name] for alias, name in told["aliases"].items()}
+    load_weights(vae, weights, origin, whose, cure)
+    return vae.eval()  # as `fit` left it
+
+
 def _factors(vae: VAE) -> dict[str, list[str]]:
     return {"p": list(vae.p.keys), "q": list(vae.q.keys), "given": list(vae.given), "shared": list(vae.shared)}
 
 
-def _dtype(files: Mapping[str, bytes]) -> torch.dtype:
-    kinds = [value.dtype for value in safetensors.torch.load(files[_WEIGHTS]).values()]
-    return next(kind for kind in kinds if kind.is_floating_point)
-
-
-def load_weights(vae: nn.Module, weights: Mapping[str, Tensor], origin: str) -> None:
+def load_weights(
+    vae: nn.Module, weights: Mapping[str, Tensor], origin: str, whose: str = "`vae`",
+    cure: str = "Build it as it was saved.",
+) -> None:  # fmt: skip
     """Put `weights` into `vae` once names and shapes are seen to agree."""
     own = vae.state_dict()
     ours, theirs = ({name: _form(value) for name, value in state.items()} for state in (own, weights))
@@ -309,7 +343,7 @@ def load_weights(vae: nn.Module, weights: Mapping[str, Tensor], origin: str) -> 
         told = ", ".join(
             f"{name}: {ours.get(name, 'absent')} here, {theirs.get(name, 'absent')} there" for name in odd[:5]
         )
-        raise InputError(f"`vae` does not match {origin} in {len(odd)} tensors ({told}). Build it as it was saved.")
+        raise InputError(f"{whose} does not match {origin} in {len(odd)} tensors ({told}). {cure}")
     vae.load_state_dict(dict(weights))
 
 

@@ -453,27 +453,28 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
 def export(
     run: Annotated[Path, tyro.conf.Positional],
     out: Path,
-    format: Literal["torch", "onnx"] = "torch",
+    format: Literal["torch", "onnx", "pretrained"] = "torch",
     seed: int = 0,
     data: str | None = None,
+    license: str | None = None,
 ) -> None:
-    """Write a run's networks as files that other programs run: encoder, decoder and scorer, the last fed its noise.
+    """Write a run's networks as files for other programs, or the whole model for a model hub.
 
-    Each file is opened again and compared with the run on rows held out. `export.json` tells what they take and give.
+    Encoder, decoder and scorer, which is fed its noise, are opened again and compared with the run on rows held out;
+    `export.json` tells what they take and give.
 
     Args:
         run: Folder of the run.
         out: Folder to write, which must be new.
-        format: `torch`, for `torch.export.load` without this library, or `onnx`, which lacks some operators (a part
-            that needs one is left out and named).
+        format: `torch`, for `torch.export.load` without this library; `onnx`, which lacks some operators (a part that
+            needs one is left out and named); or `pretrained`, for `aevb.from_pretrained`, with a card for readers.
         seed: Key of the noise that scorers are compared with.
         data: Where the data are now, if they have moved since training.
+        license: Of a pretrained model, as the hub spells it, such as apache-2.0.
     """
     from aevb.apps.export import export_run
 
-    found = open_run(run)
-    _, rows, _ = test_rows(found, data_of(found, data))
-    export_run(found, rows, out, format, seed, lambda line: print(line, flush=True))
+    export_run(run, out, format, seed, data, license, lambda line: print(line, flush=True))
 
 
 def check(seed: int = 0, json: bool = False) -> None:

@@ -1,4 +1,7 @@
-"""A run's networks as files that other programs run: encoder, decoder and scorer, compared with the run on its rows."""
+"""A run for others: encoder, decoder and scorer as files that other programs run, compared with the run on its rows.
+
+Or the model whole, which `aevb.apps.card` writes.
+"""
 
 from __future__ import annotations
 
@@ -18,17 +21,18 @@ import torch._dynamo.exc
 import torch.fx.experimental._config
 from torch import Tensor, nn
 
+from aevb.apps.card import save_pretrained
+from aevb.apps.runs import data_of, open_run, test_rows
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, prepare, terms
-from aevb.checkpoint import Run, write_atomically
+from aevb.checkpoint import write_atomically
 from aevb.config import InputError
-from aevb.data import SparseRows
 from aevb.distributions import Given
 
 __all__ = ["Format", "export_run"]
 
-Format = Literal["torch", "onnx"]
-"""Of the files: `torch.export`'s programs, which `torch.export.load` opens without this library, or ONNX models."""
+Format = Literal["torch", "onnx", "pretrained"]
+"""`torch.export`'s programs, which `torch.export.load` opens without this library; ONNX models; the model whole."""
 
 _SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 _ROWS, _DRAWS = 20, 8
@@ -58,25 +62,37 @@ class _Part:
 
 
 def export_run(
-    run: Run, rows: Tensor | SparseRows, out: Path, format: Format, seed: int, tell: Callable[[str], None]
-) -> None:
-    """Write the parts into a new folder, and tell of each in a line.
+    folder: Path, out: Path, format: Format, seed: int, moved: str | None, license: str | None,
+    tell: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Write the parts of a run, or the model whole, into a new folder, and tell of each in a line.
 
     Each file is opened again and compared with the run's own model on `rows`; a part that the format cannot hold, or
     that is further off than rounding, is left out and named. `export.json` tells what each takes and gives, which
     columns of the data they are, and how far it was off.
 
     Args:
-        run: The run.
-        rows: Real ones, `(N, P)`, NaN for missing, of which the first are compared.
+        folder: Of the run, whose rows held out are compared.
         out: Folder, which must not be there; nothing is left of it if nothing could be written.
         format: Of the files.
         seed: Of the noise that the scorers are compared with.
+        moved: Where the data are now.
+        license: Of a pretrained model.
         tell: Takes a line on each part when it is done.
 
     Raises:
-        InputError: If `out` exists, ONNX's packages are missing, or no part could be written.
+        InputError: If `out` exists, ONNX's packages are missing, no part could be written, or an argument is not one of
+            this format's.
     """
+    if format == "pretrained":
+        if seed or moved is not None:
+            raise InputError("`--seed` and `--data` are for parts that are compared with the run. Leave them out.")
+        tell(f"{save_pretrained(folder, out, license=license)}: model, configuration and card (README.md)")
+        return
+    if license is not None:
+        raise InputError(f"`--license` stands in the card of a pretrained model; {format} has none. Leave it out.")
+    run = open_run(folder)
+    _, rows, _ = test_rows(run, data_of(run, moved))
     if out.exists():
         raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")
     _check_packages(format)

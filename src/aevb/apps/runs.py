@@ -211,10 +211,11 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | 
 
 
 def open_run(folder: Path) -> Run:
-    """The run in a folder, if `aevb train` made it."""
+    """The run in a folder, if `aevb train` made it; or what was made of it for others, without history and data."""
     from aevb.checkpoint import load
+    from aevb.pretrained import is_pretrained, read_pretrained
 
-    run = load(folder)
+    run = read_pretrained(folder) if is_pretrained(folder) else load(folder)
     if "command" not in run.data:
         raise InputError(
             f"`{folder}` was not made by `aevb train`, so its data are not known here. Use the library on it."
@@ -237,6 +238,11 @@ def load_data(source: dict[str, Any]) -> Data:
 
 def data_of(run: Run, moved: str | None) -> Data:
     """The data a run was trained on, and nothing else."""
+    if "sha256" not in run.data:
+        raise InputError(
+            f"`{run.path}` is a pretrained model, which does not hold its data's fingerprint. Give the run that it was "
+            "made of, or use what takes a file: score, encode, impute, sample."
+        )
     data = load_data(run.data["command"] | ({"source": moved} if moved else {}))
     if data.describe()["sha256"] != run.data["sha256"]:
         raise InputError(

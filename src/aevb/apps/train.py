@@ -75,6 +75,8 @@ def go_on(folder: Path, devices: int = 1, nodes: int = 1, trackers: Sequence[str
     from aevb.training.processes import launch
 
     run = open_run(folder)
+    if not run.resume:
+        raise InputError(f"`{folder}` holds weights but no state of training. Give a run, or train anew.")
     so_far = run.resume["numbers"]
     if so_far["finished"] or so_far["step"] >= run.config.steps:
         raise InputError(
