@@ -317,6 +317,24 @@ def test_new_images_are_scored_encoded_and_filled_in(shapes, tmp_path) -> None:
     assert "`channels` goes with net convolutional only; got (3,) with gated" in message
 
 
+def test_holes_in_images_are_seen_and_filled_in(tmp_path) -> None:
+    """What is known stays; what is filled in lies among the levels; a folder without holes fits the same model."""
+    x = np.random.default_rng(0).integers(0, 256, (20, 5, 4, 3)).astype(float)
+    x[:, 1, 2] = np.where(np.arange(20)[:, None] < 7, np.nan, x[:, 1, 2])
+    np.save(tmp_path / "holed.npy", x)
+    few = ["--steps", 4, "--net", "convolutional", "--channels", 2, "--latents", 2, "--batch-size", 9]
+    told = succeed("train", tmp_path / "holed.npy", "--out", tmp_path / "run", *few)
+    assert "likelihood discretized-logistic, net convolutional" in told
+    assert "of the entries that are known" in succeed("score", tmp_path / "run", tmp_path / "holed.npy", "--samples", 5)
+    succeed("impute", tmp_path / "run", tmp_path / "holed.npy", "--out", tmp_path / "full.npy", "--samples", 20)
+    full = np.load(tmp_path / "full.npy")
+    known = np.isfinite(x)
+    np.testing.assert_array_equal(full[known], x[known])
+    assert ((full[~known] > 0) & (full[~known] < 255)).all()
+    Image.fromarray(np.nan_to_num(x[0]).astype(np.uint8)).save(tmp_path / "one.png")
+    assert "1, one.png" in succeed("score", tmp_path / "run", tmp_path / "one.png", "--samples", 5)
+
+
 def _config(data: Data, **flags: object) -> ModelConfig:
     return model_config(dataclasses.asdict(_model_flags()()) | flags, data)
 

@@ -382,7 +382,7 @@ def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: 
     import numpy as np
     import torch
 
-    from aevb.data import decode, encode, read_frame, widened, write_frame, write_rows
+    from aevb.data import decode, encode, read_frame, widened, write_frame, write_images, write_rows
     from aevb.data.frames import formed
     from aevb.data.tables import polars
 
@@ -392,6 +392,8 @@ def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: 
         if several:
             numbers = torch.arange(1, len(sets) + 1).repeat_interleave(len(sets[0])).unsqueeze(1)
             write_rows(out, torch.cat([numbers.to(sets[0]), torch.cat(sets)], 1), [_SET, *columns])
+        elif (shape := run.data.get("image_shape")) and out.suffix.lower() == ".npy":
+            write_images(out, sets[0].numpy(), shape)
         else:
             write_rows(out, sets[0], columns)
         return
