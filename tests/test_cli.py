@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import gzip
 import html
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -23,9 +25,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from PIL import Image
 
 from aevb import load
-from aevb.apps.cli import main
+from aevb.apps.cli import _model_flags, main
+from aevb.apps.runs import model_config
+from aevb.config import InputError, ModelConfig
+from aevb.data import Data
+from aevb.data import load as load_data
 
 AEVB = [sys.executable, "-c", "import sys; sys.argv[0] = 'aevb'; from aevb.apps.cli import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -106,7 +113,7 @@ def test_help_lists_the_verbs_and_every_configuration_field() -> None:
         assert verb in listed
     flags = succeed("train", "--help")
     for field in (*fields(ModelConfig), *fields(TrainConfig)):
-        if field.name not in ("features", "kinds"):
+        if field.name not in ("features", "kinds", "image"):
             assert f"--{field.name.replace('_', '-')}" in flags, field.name
 
 
@@ -243,13 +250,123 @@ def test_diagnoses_that_cannot_be_are_refused_before_the_evaluation(digits) -> N
 def test_sample_encode_and_score_write_each_format(digits, tmp_path, suffix) -> None:
     rows = tmp_path / f"rows{suffix}"
     succeed("sample", digits, "-n", 7, "--out", rows, "--seed", 3)
-    assert _read(rows).shape == (7, 64)
+    assert _read(rows).shape == ((7, 8, 8) if suffix == ".npy" else (7, 64))
     succeed("encode", digits, rows, "--out", tmp_path / f"codes{suffix}")
     assert _read(tmp_path / f"codes{suffix}").shape == (7, 8)
     printed = succeed("score", digits, rows, "--out", tmp_path / f"scores{suffix}", "--samples", 100)
     scores = _read(tmp_path / f"scores{suffix}")
     assert scores.shape == (7, 4)
     assert f"{scores[:, 0].mean():.2f}" in printed
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Colour images in two classes, in `all`, and in `run` a model of them."""
+    folder, rng = tmp_path_factory.mktemp("shapes"), np.random.default_rng(0)
+    for i in range(16):
+        pixels = np.full((16, 17, 3), rng.integers(0, 60, 3), np.uint8)
+        pixels[4 + i % 3 : 12] = rng.integers(100, 256, 3) if i % 2 else 255
+        (folder / "all" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / "all" / "ab"[i % 2] / f"{i:02}.png")
+    few = ["--steps", 6, "--channels", 2, 3, "--latents", 2, "--batch-size", 8, "--validate-every", 3]
+    told = succeed("train", folder / "all", "--out", folder / "run", "--validation", 0.25, *few)
+    assert "all: 16 rows of 816, likelihood discretized-logistic, net convolutional" in told
+    return folder
+
+
+def test_images_are_evaluated_reported_and_made(shapes, tmp_path) -> None:
+    found = json.loads(succeed("evaluate", shapes / "run", "--samples", 30, "--json"))
+    assert found["rows"] == 4
+    bits = -found["log_prob"] / (16 * 17 * 3 * math.log(2))
+    assert found["bits_per_dim"] == pytest.approx(bits, rel=1e-12)
+    shown = f"{bits:.3f} ± {found['std_error'] / (816 * math.log(2)):.3f} (-log p(x) / (816 log 2))"
+    assert f"bits per dimension   {shown}" in succeed("evaluate", shapes / "run", "--samples", 30)
+    succeed("report", shapes / "run")
+    page = (shapes / "run" / "report.html").read_text()
+    assert shown in page
+    assert "Red, green and blue are shown from 0, dark, to 255, light." in page
+    succeed("sample", shapes / "run", "-n", 3, "--out", tmp_path / "made.npy")
+    made = np.load(tmp_path / "made.npy")
+    assert (made.shape, made.dtype) == ((3, 16, 17, 3), np.uint8)
+    succeed("sample", shapes / "run", "-n", 3, "--out", tmp_path / "made.png")
+    grid = np.asarray(Image.open(tmp_path / "made.png"))
+    np.testing.assert_array_equal(grid[:16, 19:36], made[1])
+    assert "must end in .npy, .csv, .parquet, .png" in refuse("sample", shapes / "run", "-n", 3, "--out", "made.gif")
+
+
+def test_new_images_are_scored_encoded_and_filled_in(shapes, tmp_path) -> None:
+    run = shapes / "run"
+    succeed("score", run, shapes / "all", "--out", tmp_path / "all.npy", "--samples", 10)
+    every = np.load(tmp_path / "all.npy")
+    succeed("score", run, shapes / "all" / "b", "--out", tmp_path / "b.npy", "--samples", 10)
+    np.testing.assert_allclose(every[8:, 0], np.load(tmp_path / "b.npy")[:, 0], rtol=1e-5)
+    files = sorted((shapes / "all").rglob("*.png"))
+    pixels = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.save(tmp_path / "pixels.npy", pixels)
+    succeed("score", run, tmp_path / "pixels.npy", "--out", tmp_path / "again.npy", "--samples", 10)
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npy"), every)
+    succeed("encode", run, shapes / "all", "--out", tmp_path / "codes.npy")
+    assert np.load(tmp_path / "codes.npy").shape == (16, 4)
+    (tmp_path / "off").mkdir()
+    Image.fromarray(pixels[0].transpose(1, 0, 2)).save(tmp_path / "off" / "a.png")
+    message = refuse("score", run, tmp_path / "off")
+    assert "images of 16 x 17 pixels" in message
+    assert "trained on images of 17 x 16 pixels (width x height) in colour" in message
+    assert "has no missing entry" in refuse("impute", run, shapes / "all", "--out", tmp_path / "a.npy")
+    message = refuse("train", shapes / "all", "--net", "gated", "--channels", 3, "--out", tmp_path / "a")
+    assert "`channels` goes with net convolutional only; got (3,) with gated" in message
+
+
+def test_holes_in_images_are_seen_and_filled_in(tmp_path) -> None:
+    """What is known stays; what is filled in lies among the levels; a folder without holes fits the same model."""
+    x = np.random.default_rng(0).integers(0, 256, (20, 5, 4, 3)).astype(float)
+    x[:, 1, 2] = np.where(np.arange(20)[:, None] < 7, np.nan, x[:, 1, 2])
+    np.save(tmp_path / "holed.npy", x)
+    few = ["--steps", 4, "--net", "convolutional", "--channels", 2, "--latents", 2, "--batch-size", 9]
+    told = succeed("train", tmp_path / "holed.npy", "--out", tmp_path / "run", *few)
+    assert "likelihood discretized-logistic, net convolutional" in told
+    assert "of the entries that are known" in succeed("score", tmp_path / "run", tmp_path / "holed.npy", "--samples", 5)
+    succeed("impute", tmp_path / "run", tmp_path / "holed.npy", "--out", tmp_path / "full.npy", "--samples", 20)
+    full = np.load(tmp_path / "full.npy")
+    known = np.isfinite(x)
+    np.testing.assert_array_equal(full[known], x[known])
+    assert ((full[~known] > 0) & (full[~known] < 255)).all()
+    Image.fromarray(np.nan_to_num(x[0]).astype(np.uint8)).save(tmp_path / "one.png")
+    assert "1, one.png" in succeed("score", tmp_path / "run", tmp_path / "one.png", "--samples", 5)
+
+
+def _config(data: Data, **flags: object) -> ModelConfig:
+    return model_config(dataclasses.asdict(_model_flags()()) | flags, data)
+
+
+def test_what_is_taken_for_images_of_bytes() -> None:
+    """Nothing changes for counts with a limit, zeros and ones, and what is not bytes."""
+    digits, grey = load_data("digits"), torch.randint(0, 256, (9, 16 * 18), dtype=torch.uint8)
+    assert (_config(digits).likelihood, _config(digits).net) == ("binomial", "plain")
+    images = Data(name="a", train=grey, image_shape=(16, 18))
+    found = _config(images)
+    assert (found.likelihood, found.net, found.image) == ("discretized-logistic", "convolutional", (1, 16, 18))
+    assert _config(images, net="plain").image == ()
+    assert _config(images, hidden=(8,)).net == _config(images, posterior="product").net == "plain"
+    colour = Data(name="a", train=grey.repeat(1, 3), image_shape=(3, 16, 18))
+    assert _config(colour).image == (3, 16, 18)
+    small = _config(Data(name="a", train=grey, image_shape=(12, 24)))
+    assert (small.likelihood, small.net) == ("discretized-logistic", "plain")
+    holed = grey.float()
+    holed[2, 3] = math.nan
+    found = _config(Data(name="a", train=holed, image_shape=(16, 18)))
+    assert (found.likelihood, found.net, found.holes) == ("discretized-logistic", "convolutional", True)
+    for other, likelihood in (
+        (Data(name="a", train=grey, image_shape=(16, 18), binarize="epoch"), "bernoulli"),
+        (Data(name="a", train=(grey > 9).byte(), image_shape=(16, 18)), "bernoulli"),
+        (Data(name="a", train=grey / 255, image_shape=(16, 18)), "normal"),
+        (Data(name="a", train=grey), "normal"),
+    ):
+        found = _config(other)
+        assert (found.likelihood, found.net) == (likelihood, "plain")
+    assert _config(other, net="plain").net == "plain"
+    with pytest.raises(InputError, match="`--net convolutional` is for images, and the rows of a are none"):
+        _config(other, net="convolutional")
 
 
 def _read(path: Path) -> np.ndarray:

@@ -289,7 +289,7 @@ def test_a_folder_and_an_empty_file_are_refused(tmp_path):
     (tmp_path / "empty.npz").touch()
     (tmp_path / "folder.h5ad").mkdir()
     (tmp_path / "empty.h5ad").touch()
-    for name, told in (("empty.npz", "is empty"), ("empty.h5ad", "is empty"), ("folder.h5ad", "lacks train-images")):
+    for name, told in (("empty.npz", "is empty"), ("empty.h5ad", "is empty"), ("folder.h5ad", "holds no images")):
         assert told in refuse("train", tmp_path / name, "--out", tmp_path / "run")
 
 

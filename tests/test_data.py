@@ -20,9 +20,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from aevb.config import InputError
-from aevb.data import Binarized, Data, load, read_rows, write_rows
+from aevb.data import Binarized, Data, as_images, load, open_array, read_rows, write_images, write_rows
 
 SHARED = Path(__file__).parents[1].parent / "shared/data"
 NAN = float("nan")
@@ -186,8 +187,9 @@ def test_real_archives():
         load(shared("binarized_mnist/binarized_mnist.npz"))
     cells = load(shared("single_cell/mouse_bladder_2100_counts.npz"))
     assert (tuple(cells.train.shape), len(cells.constant), int(cells.train_labels.max())) == ((2100, 20670), 1591, 16)
-    with pytest.raises(InputError, match=r"shape \(1000, 32, 32, 3\); it must be .* grey images"):
-        load(shared("cifar10_subset/cifar10_subset.npz"))
+    cifar, stored = load(path := shared("cifar10_subset/cifar10_subset.npz")), np.load(path)
+    assert (cifar.train.shape, cifar.train.dtype, cifar.image_shape) == ((1000, 3072), torch.uint8, (3, 32, 32))
+    same(cifar.train.reshape(-1, 3, 32, 32)[7, 1], stored["x_train"][7, :, :, 1])
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,197 @@ def test_shapes(tmp_path):
     data = load(npy(tmp_path, images))
     same(data.train, images.reshape(2, 12))
     assert data.image_shape == (3, 4)
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+COLOUR = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3), np.uint8)
+PLANES = COLOUR.transpose(0, 3, 1, 2).reshape(4, 90)
+GREY = COLOUR[..., 0]
+
+
+def picture(folder: Path, name: str, pixels: np.ndarray, mode: str | None = None, **options) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path
+
+
+def test_colour_is_plane_after_plane_as_the_convolutions_take_it(tmp_path):
+    data = load(npz(tmp_path, x_train=COLOUR, y_train=range(4), x_test=COLOUR[:1], y_test=[0]))
+    assert (data.image_shape, data.train.dtype, data.describe()["image_shape"]) == ((3, 5, 6), torch.uint8, [3, 5, 6])
+    same(data.train, PLANES)
+    same(data.test, PLANES[:1])
+    np.testing.assert_array_equal(as_images(data.train.numpy(), data.image_shape), COLOUR)
+    one = load(npy(tmp_path, COLOUR[..., :1]))
+    assert one.image_shape == (5, 6)
+    same(one.train, GREY.reshape(4, 30))
+    np.testing.assert_array_equal(as_images(one.train.numpy(), one.image_shape), GREY)
+    holed = np.where(COLOUR == COLOUR[0, 0, 0, 0], NAN, COLOUR)
+    same(load(npy(tmp_path, holed)).train, holed.transpose(0, 3, 1, 2).reshape(4, 90))
+    same(load(npy(tmp_path, COLOUR / 255)).train, PLANES / 255)
+    shape = open_array(npy(tmp_path, COLOUR)).take(torch.tensor([1]))["x"]
+    same(shape, COLOUR[[1]])  # a file larger than memory is handed on as it is
+
+
+def test_a_folder_of_images_of_any_form(tmp_path):
+    flat = tmp_path / "flat"
+    picture(flat, "a.png", GREY[0])
+    picture(flat, "c.bmp", GREY[1])
+    picture(flat, "b.TIF", GREY[2])
+    picture(flat, ".hidden.png", GREY[3, :2])
+    put(flat, "about.txt", "no image")
+    data = load(flat)
+    assert (data.name, data.image_shape, data.train.dtype, data.train_labels) == ("flat", (5, 6), torch.uint8, None)
+    same(data.train, GREY[[0, 2, 1]].reshape(3, 30))
+    picture(flat, "d.png", GREY[3], "1")
+    assert set(load(flat).train[3].tolist()) == {0, 255}
+    # One in colour, and all are; a palette becomes colours, transparency that is nowhere used goes.
+    picture(flat, "e.webp", COLOUR[0], lossless=True)
+    picture(flat, "f.png", np.dstack([COLOUR[1], np.full((5, 6), 255, np.uint8)]))
+    palette = picture(flat, "g.png", COLOUR[2], "P")
+    colour = load(flat)
+    assert colour.image_shape == (3, 5, 6)
+    same(colour.train[:3], GREY[[0, 2, 1]].reshape(3, 30).repeat(3, 0).reshape(3, 90))
+    same(colour.train[4:6], PLANES[:2])
+    same(colour.train[6], np.asarray(Image.open(palette).convert("RGB")).transpose(2, 0, 1).flatten())
+
+
+def test_a_photograph_is_turned_as_a_viewer_turns_it(tmp_path):
+    told = Image.Exif()
+    told[0x0112] = 6  # to be turned clockwise by a quarter
+    lying = np.zeros((16, 8, 3), np.uint8)
+    lying[:8] = 255
+    path = picture(tmp_path, "a.jpg", lying, exif=told, quality=95)
+    standing = read_rows(path, features=384, image_shape=(3, 8, 16)).reshape(3, 8, 16)
+    assert standing[..., 8:].min() > 200
+    assert standing[..., :8].max() < 50
+
+
+def test_sub_folders_are_classes_or_parts(tmp_path):
+    for i, name in enumerate(("cats/2.png", "ants/deep/1.png", "cats/1.png", "dogs/0.png")):
+        picture(tmp_path / "all", name, GREY[i])
+    data = load(tmp_path / "all")
+    same(data.train, GREY[[1, 2, 0, 3]].reshape(4, 30))
+    same(data.train_labels, [0, 1, 1, 2])
+    for i, name in enumerate(("train/cats/1.png", "train/dogs/1.png", "test/dogs/1.png")):
+        picture(tmp_path / "parted", name, GREY[i])
+    parted = load(tmp_path / "parted")
+    same(parted.train, GREY[:2].reshape(2, 30))
+    same(parted.test, GREY[2:3].reshape(1, 30))
+    assert (parted.train_labels.tolist(), parted.test_labels.tolist()) == ([0, 1], [1])
+
+
+def _broken(folder: Path) -> None:
+    whole = picture(folder, "a.png", COLOUR[0].repeat(20, 0)).read_bytes()
+    put(folder, "b.png", whole[: len(whole) // 2])
+
+
+def _sixteen(folder: Path, colour: bool = False) -> None:
+    if not colour:
+        picture(folder, "a.png", GREY[0].astype(np.uint16) * 100)
+        return
+    # Pillow writes none: an image of 2 x 1 pixels by hand.
+    import zlib
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" + bytes(12))
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    put(folder, "a.png", content)
+
+
+IMAGES_REFUSED = {
+    "no image": (lambda f: put(f, "a.txt", "x"), r"holds no images \(\.png, .*Give a folder that does"),
+    "both": (
+        lambda f: (picture(f, "a.png", GREY[0]), picture(f, "cats/b.png", GREY[1])),
+        r"both by themselves \(`a\.png`\) and in sub-folders \(`.*cats/b\.png`\).*Put all into sub-folders, or none",
+    ),
+    "sizes": (
+        lambda f: (picture(f, "a.png", GREY[0]), picture(f, "b.png", GREY[1, :4])),
+        r"`.*b\.png` is 6 pixels wide and 4 high, `.*a\.png` 6 and 5; all images must have one size\. Crop or resize",
+    ),
+    "cut short": (_broken, r"`.*b\.png` cannot be read as an image: .*damaged, cut short"),
+    "no image in it": (lambda f: put(f, "a.jpg", "x" * 99), r"`.*a\.jpg` cannot be read as an image: "),
+    "empty file": (lambda f: put(f, "a.jpg", ""), r"`.*a\.jpg` is empty"),
+    "16 bits": (_sixteen, r"`.*a\.png` has more than 8 bits a channel \(I;16\).*Convert it to 8 bits, or save its"),
+    "48 bits": (lambda f: _sixteen(f, colour=True), r"`.*a\.png` has more than 8 bits a channel \(RGB;16B\)"),
+    "floats": (lambda f: picture(f, "a.tif", GREY[0].astype(np.float32)), r"more than 8 bits a channel \(F\)"),
+    "transparent": (
+        lambda f: picture(f, "a.png", np.dstack([COLOUR[1], np.full((5, 6), 254, np.uint8)])),
+        r"`.*a\.png` has transparent pixels.*Put it on a background first",
+    ),
+    "a colour": (lambda f: picture(f, "a.png", COLOUR[0] // 255, transparency=(0, 0, 0)), "transparent pixels"),
+    "inks": (lambda f: picture(f, "a.jpg", COLOUR[0], "CMYK"), r"a\.jpg` is a CMYK image; .*Convert it to RGB"),
+    "frames": (
+        lambda f: picture(f, "a.tif", GREY[0], save_all=True, append_images=[Image.fromarray(GREY[1])]),
+        r"`.*a\.tif` holds 2 frames; a file must hold one image",
+    ),
+    "one": (lambda f: picture(f, "a.png", GREY[0]), r"has one row; a model of one row would only repeat it"),
+    "alike": (lambda f: [picture(f, name, GREY[0]) for name in ("a.png", "b.png")], "has only constant columns"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IMAGES_REFUSED)
+def test_folders_that_hold_no_data_of_ours(tmp_path, name):
+    make, told = IMAGES_REFUSED[name]
+    make(tmp_path)
+    with pytest.raises(InputError, match=told):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (COLOUR * 1.5, r"has values from .* in float64; images are bytes, floats in \[0, 1\].*x\.astype\(np\.uint8\)"),
+        (COLOUR / 127.5 - 1, "has values from -1 to .* in float64; images are bytes"),
+        (COLOUR.astype(np.int64) - 1, "has values from -1 to .* in int64"),
+        (COLOUR.astype(np.uint16) * 2, "in uint16; images are bytes"),
+        (np.zeros((2, 5, 6, 4), np.uint8), r"shape \(2, 5, 6, 4\); images in four axes .* with 3 channels, or 1"),
+        (np.zeros((2, 3, 5, 6), np.uint8), r"put the channels last; x\.transpose\(0, 2, 3, 1\) puts them there"),
+        (np.zeros((2, 2, 2, 2, 3)), r"shape \(2, 2, 2, 2, 3\); it must be .* colour images \(rows, height, width, 3\)"),
+        (np.zeros((2, 2, 2, 3), complex), "real numbers are needed"),
+    ],
+)
+def test_arrays_that_are_no_images(tmp_path, values, told):
+    with pytest.raises(InputError, match=told):
+        load(npy(tmp_path, values))
+
+
+def test_new_images_are_read_as_the_model_takes_them(tmp_path):
+    colour = {"features": 90, "image_shape": (3, 5, 6)}
+    paths = [picture(tmp_path / "in", f"{i}.png", COLOUR[i]) for i in range(4)]
+    same(read_rows(tmp_path / "in", **colour), PLANES)
+    same(read_rows(paths[2], **colour), PLANES[[2]])
+    same(read_rows(npy(tmp_path, COLOUR), **colour), PLANES)
+    same(read_rows(npy(tmp_path, PLANES), **colour), PLANES)  # flat ones are in the order of the model
+    same(read_rows(npy(tmp_path, GREY), **colour), GREY.reshape(4, 30).repeat(3, 0).reshape(4, 90))
+    told = r"images of 5 x 6 pixels \(width x height\) in grey; the model was .* 6 x 5 pixels .* in grey\. Crop, resize"
+    with pytest.raises(InputError, match=told):
+        read_rows(npy(tmp_path, GREY.transpose(0, 2, 1)), features=30, image_shape=(5, 6))
+    with pytest.raises(InputError, match=r"in colour; the model was trained on images of 6 x 5 pixels .* in grey"):
+        read_rows(tmp_path / "in", features=30, image_shape=(5, 6))
+
+
+def test_images_are_written_as_they_are_read(tmp_path):
+    write_images(tmp_path / "a.npy", PLANES, (3, 5, 6))
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), COLOUR)
+    write_images(tmp_path / "a.png", PLANES[:3], (3, 5, 6))
+    grid = np.asarray(Image.open(tmp_path / "a.png"))
+    assert grid.shape == (2 * 5 + 2, 2 * 6 + 2, 3)
+    for at, image in zip(((0, 0), (0, 8), (7, 0)), COLOUR, strict=False):
+        np.testing.assert_array_equal(grid[at[0] : at[0] + 5, at[1] : at[1] + 6], image)
+    assert (grid[7:, 8:] == 255).all()
+    write_images(tmp_path / "b.png", np.array([[-1.0, 0.0, 1.0, 3.0]]), (2, 2), (0.0, 2.0))
+    assert np.asarray(Image.open(tmp_path / "b.png")).tolist() == [[0, 0], [128, 255]]
+    with pytest.raises(InputError, match=r"must end in \.npy, \.csv, \.parquet, \.png; got '\.gif'"):
+        write_images(tmp_path / "a.gif", PLANES, (3, 5, 6))
+    with pytest.raises(InputError, match="exists already"):
+        write_images(tmp_path / "a.png", PLANES, (3, 5, 6))
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -443,6 +636,8 @@ def test_places_that_hold_no_data(tmp_path, monkeypatch):
             load(tmp_path / missing if ":" not in missing else missing)
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(InputError, match="lacks train-images, train-labels, t10k-images, t10k-labels"):
+        load(f"mnist:{tmp_path / 'a.csv'}")
+    with pytest.raises(InputError, match=r"holds no images \(\.png, .* and none of the four IDX files of MNIST"):
         load(tmp_path / "a.csv")
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(InputError, match="is not a regular file"):
@@ -757,7 +952,8 @@ def test_data_checks_its_parts():
 
 
 def test_importing_reads_no_optional_package():
-    code = "import sys, aevb.data; print([name for name in ('polars', 'sklearn', 'matplotlib') if name in sys.modules])"
+    names = ("polars", "sklearn", "matplotlib", "PIL")
+    code = f"import sys, aevb.data; print([name for name in {names} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"
 

@@ -71,7 +71,7 @@ def test_modules_import_to_their_left_only() -> None:
 
 
 def test_only_the_apps_and_the_readers_import_what_is_optional() -> None:
-    optional = {"tyro", "rich", "polars", "sklearn", "matplotlib", "jinja2"}
+    optional = {"tyro", "rich", "polars", "sklearn", "matplotlib", "jinja2", "PIL"}
     for path in SOURCE.rglob("*.py"):
         if path.relative_to(SOURCE).parts[0] in ("apps", "data"):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+import aevb
 from aevb import MLP, Bernoulli, Binomial, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
+from aevb.build import LIKELIHOODS
 from aevb.nets import ACTIVATIONS, ConvNet, Fixed, ParametricMLP, Rows, Standardize, TransposedConvNet
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -658,3 +661,94 @@ def test_arguments_of_conditionals(make, pattern):
 def test_likelihoods_take_any_width():
     for make in (Bernoulli, lambda net: Binomial(net, 4)):
         assert make(MLP(2, [], 7))(torch.zeros(4, 2)).event_shape == (7,)
+
+
+# -- convolutional models by name --------------------------------------------------------------------------------------
+
+IMAGES = {"features": 70, "net": "convolutional", "image": (2, 5, 7), "channels": (3, 4), "latents": 3}
+
+
+def _levels(rows=6):
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (rows, 70)).double()
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_convolutional_model_is_the_one_composed_of_its_nets(holes):
+    """Same seed, same weights, same bound; with holes the net sees the channels of the image, then of the mask."""
+    x = _levels()
+    x[:, 0] = 7.0  # a pixel that never changes
+    if holes:
+        x[1, :3] = x[2, 40:] = math.nan
+    torch.manual_seed(0)
+    config = aevb.ModelConfig(likelihood="discretized-logistic", activation="tanh", holes=holes, **IMAGES)
+    built = aevb.build_vae(config, x)
+    torch.manual_seed(0)
+    decoder = TransposedConvNet(3, (4, 3), (4, 5, 7), "tanh")
+    mean = x.nanmean(0)
+    with torch.no_grad():
+        decoder.last.bias[:70].copy_(mean / 127.5 - 1)  # locations of all channels come before scales
+    encoder = ConvNet((4 if holes else 2, 5, 7), (3, 4), 6, "tanh")
+    spread = (x - mean).square().nanmean(0).mean().sqrt().expand(70)
+    by_hand = aevb.VAE(
+        aevb.BayesNet({"z": StandardNormal(3), "x | z": aevb.DiscretizedLogistic(decoder)}),
+        aevb.BayesNet({"z | x": DiagonalNormal(Standardize(Holes(encoder) if holes else encoder, mean, spread))}),
+    )
+    bounds = []
+    for vae in (built, by_hand):
+        torch.manual_seed(2)
+        bounds.append(aevb.elbo(vae, {"x": x}))
+    assert bool(bounds[0].isfinite().all())
+    torch.testing.assert_close(bounds[0], bounds[1], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in LIKELIHOODS if name != "mixed"])
+def test_every_likelihood_has_convolutional_nets(name):
+    x = _levels()
+    x = {"bernoulli": x > 128, "autoregressive": x > 128, "normal": x / 9, "student-t": x / 9}.get(name, x).double()
+    count = {"total_count": 255} if name in ("binomial", "beta-binomial") else {}
+    for more in ({}, {"noise": "datum"} if name in ("normal", "zero-inflated") else {"batch_norm": True}):
+        torch.manual_seed(0)
+        vae = aevb.build_vae(aevb.ModelConfig(likelihood=name, **IMAGES, **count, **more), x)
+        assert any(isinstance(module, ConvNet) for module in vae.q.modules())
+        assert any(isinstance(module, TransposedConvNet) for module in vae.p.modules()) == (name != "autoregressive")
+        bound = aevb.elbo(vae, {"x": x})
+        grads = torch.autograd.grad(bound.sum(), [p for p in vae.parameters() if p.requires_grad])
+        assert bool(bound.isfinite().all())
+        assert all(bool(grad.isfinite().all()) for grad in grads)
+        assert aevb.log_marginal(vae.eval(), {"x": x}, 4).log_prob.shape == (6,)
+    if name not in ("student-t", "autoregressive", "zero-inflated"):  # decoders start at the mean of the pixels
+        at_zero = vae.p.distribution("x", {"z": torch.zeros(1, 3)}).mean[0]
+        assert torch.corrcoef(torch.stack([at_zero, x.mean(0)]))[0, 1] > 0.9
+
+
+def test_latent_sizes_and_learned_inputs_beside_convolutions():
+    x = _levels()
+    for more in ({"likelihood": "negative-binomial", "library": "latent"}, {"likelihood": "poisson", "prior": "vamp"}):
+        vae = aevb.build_vae(aevb.ModelConfig(components=4, **IMAGES, **more), x)
+        assert bool(aevb.elbo(vae, {"x": x}).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"image": (3, 5, 7)}, r"`image` must be \(C, H, W\) with 70 = C H W; got \(3, 5, 7\).*\(1, H, W\)"),
+        ({"image": ()}, r"`image` must be \(C, H, W\)"),
+        ({"image": (10, 7)}, r"`image` must be \(C, H, W\)"),
+        ({"channels": ()}, "`channels` must be one number of at least 1 for each convolution"),
+        ({"channels": (4, 0)}, r"`channels` must be .*got \(4, 0\). Write e.g. --channels 32 64"),
+        ({"net": "plain"}, r"`image` goes with net convolutional only; got \(2, 5, 7\) with plain. Drop it"),
+        ({"net": "gated", "image": ()}, "`channels` goes with net convolutional only"),
+        ({"hidden": (9,)}, r"`hidden` has no effect on convolutional layers; got \(9,\). Give --channels, or drop it"),
+        ({"posterior": "product"}, "take one column at a time"),
+        ({"likelihood": "mixed", "kinds": ("count",) * 70}, "take one column at a time"),
+    ],
+)
+def test_convolutional_models_that_cannot_be(fields, told):
+    with pytest.raises(InputError, match=told):
+        aevb.ModelConfig(**IMAGES | fields)
+
+
+def test_a_configuration_with_convolutions_comes_back_from_json():
+    config = aevb.ModelConfig(**IMAGES)
+    assert aevb.ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

@@ -1,15 +1,19 @@
 """The report: one file that fetches nothing, says each figure as `Summary` has it, and says what its pictures show."""
 
 import base64
+import io
 import json
 import math
 import os
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import aevb
@@ -247,6 +251,34 @@ def test_images_with_holes(tmp_path):
     config = ModelConfig(features=64, likelihood="binomial", total_count=16, latents=3, hidden=(8,), holes=True)
     page = report(tmp_path / "report.html", trained(config, TEST), x, image_shape=(8, 8))
     assert "Missing pixels are orange" in page.words
+
+
+def _pixels(image):
+    """All colours of the picture inside a figure, `(K, 3)`."""
+    svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,")).decode()
+    (inner,) = re.findall(r"data:image/png;base64,\s*([^\"]+)", svg)[:1]
+    return np.unique(np.asarray(Image.open(io.BytesIO(base64.b64decode(inner))).convert("RGB")).reshape(-1, 3), axis=0)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_colours_are_shown_as_they_are(tmp_path, holes):
+    """Rows hold plane after plane; what the page shows of real rows has their very colours, channel for channel."""
+    torch.manual_seed(0)
+    colours = torch.tensor([[250, 10, 20], [30, 240, 40], [50, 60, 230]]).float()
+    x = colours[torch.randint(3, (12, 4))].transpose(1, 2).reshape(12, 12)
+    run = trained(ModelConfig(features=12, latents=2, hidden=(8,), likelihood="discretized-logistic", holes=holes), x)
+    if holes:
+        x = x.clone()
+        x[:, 4] = math.nan  # green of the first pixel
+    page = report(tmp_path / "report.html", run, x, image_shape=(3, 2, 2))
+    assert "Red, green and blue are shown from 0, dark, to 255, light." in page.words
+    (rebuilt,) = [image for image in page.images if "reconstruction" in image["alt"]]
+    shown = _pixels(rebuilt).tolist()
+    assert all(colour in shown for colour in colours.int().tolist())
+    assert ([0xE6, 0x9F, 0x00] in shown) == ("Missing pixels are orange" in page.words) == holes
+    if not holes:
+        grey = report(tmp_path / "grey.html", run, x, image_shape=(3, 4))
+        assert "Light is a high value; the scale is below each picture." in grey.words
 
 
 @pytest.mark.parametrize(("latents", "posterior"), [(1, "planar"), (2, "diagonal"), (5, "full"), (5, "planar")])

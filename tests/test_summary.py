@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -200,6 +201,41 @@ def test_summaries_come_back_from_json_and_old_ones_still_load():
     old = {name: value for name, value in plain_summary.to_json().items() if name not in ("findings", "likelihood")}
     assert Summary.from_json(old).findings == {}
     assert not any(name == "likelihood" for name, _ in Summary.from_json(old).facts())
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_bits_per_dimension_are_those_that_code_a_byte(holes):
+    """Entries that z tells nothing of: log p is a sum of logs of logistic masses, and so are the bits."""
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (30, 5)).double()
+    x[0] = torch.tensor([0.0, 255, 0, 255, 7])
+    if holes:
+        x[:10, 2] = math.nan
+    config = aevb.ModelConfig(features=5, latents=1, hidden=(4,), likelihood="discretized-logistic", holes=holes)
+    vae = aevb.build_vae(config, x).double()
+    net = vae.p.conditional("x").net
+    last = [module for module in vae.q.modules() if isinstance(module, torch.nn.Linear)][-1]
+    with torch.no_grad():
+        net.last.weight.zero_()
+        last.weight.zero_()  # and q is the posterior, which is the prior
+        last.bias.copy_(torch.tensor([0.0, math.log(math.e - 1)]))
+    loc = 127.5 * (1 + net.last.bias[:5].detach().numpy())
+    scale = 127.5 * math.log(2) + 0.005  # softplus of the bias 0
+    above = np.where(x == 255, 1.0, stats.logistic.cdf(x + 0.5, loc, scale))
+    bits = -np.log2(above - np.where(x == 0, 0.0, stats.logistic.cdf(x - 0.5, loc, scale)))
+    summary = summarize(vae, {"x": x}, aevb.log_marginal(vae, {"x": x}, 30))
+    assert summary.bits_per_dim == pytest.approx(np.nanmean(bits), abs=1e-6)
+    if not holes:
+        assert summary.bits_per_dim == -summary.log_prob / (5 * math.log(2)) == summary.to_json()["bits_per_dim"]
+    told = dict(summary.facts())["bits per dimension"]
+    error = summary.std_error / (summary.known / 30 * math.log(2))
+    assert told.startswith(f"{summary.bits_per_dim:.3f} ± {error:.3f} (-log p(x) / (5 log 2)")
+    assert ("of the entries that are known" in told) == holes
+    again = Summary.from_json(json.loads(json.dumps(summary.to_json(), allow_nan=False)))
+    assert again.lines() == summary.lines()
+    other = replace(summary, likelihood="normal")
+    assert other.bits_per_dim is other.to_json()["bits_per_dim"] is None
+    assert "bits per dimension" not in dict(other.facts())
 
 
 def subject(vae, x):

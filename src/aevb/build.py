@@ -35,7 +35,7 @@ from aevb.conditionals import (
 from aevb.conditionals.mixed import log_levels
 from aevb.config import InputError, Kind, ModelConfig
 from aevb.flows import FlowPrior, InverseAutoregressiveFlow, PlanarFlow, SplineFlow, SylvesterFlow
-from aevb.nets import MLP, Columns, Evidence, Holes, LogTotal, Standardize
+from aevb.nets import MLP, Columns, ConvNet, Evidence, Holes, LogTotal, Standardize, TransposedConvNet
 
 __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
@@ -109,7 +109,8 @@ def _bernoulli(config: ModelConfig, start: _Start) -> nn.Module:
 
 def _autoregressive(config: ModelConfig, start: _Start) -> nn.Module:
     hidden = config.hidden[-1:]
-    net = _decoder(config, sum(hidden) + config.features)
+    # Biases of a masked net, which is none of convolutions, whatever the encoder is.
+    net = _mlp(config, config.latents, config.hidden[::-1], sum(hidden) + config.features)
     with torch.no_grad():
         net.last.bias[-config.features :].copy_(_logits(start.mean))
     return AutoregressiveBernoulli(net, config.features, hidden, config.activation)
@@ -296,17 +297,34 @@ def _centre(start: _Start) -> Tensor:
 
 def _encoder(config: ModelConfig, outputs: int, start: _Start) -> nn.Module:
     if config.kinds:
-        net = _mlp(config, Columns.width(config.kinds), config.hidden, outputs)
-        return Columns(net, config.kinds, start.mean, start.scale)
-    net = _mlp(config, 2 * config.features if config.holes else config.features, config.hidden, outputs)
+        shown = _mlp(config, Columns.width(config.kinds), config.hidden, outputs)
+        return Columns(shown, config.kinds, start.mean, start.scale)
+    net = _seeing(config, outputs)
     if config.library != "none":
         return Standardize(net, _centre(start), start.scale, log1p=True)
     return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
 
 
-def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None) -> MLP:
+def _seeing(config: ModelConfig, outputs: int) -> MLP | ConvNet:
+    """A net from x, beside which stands its mask where there may be holes."""
+    sides = 2 if config.holes else 1
+    if config.net != "convolutional":
+        return _mlp(config, sides * config.features, config.hidden, outputs)
+    channels, height, width = config.image
+    image = (sides * channels, height, width)
+    return ConvNet(image, config.channels, outputs, config.activation, batch_norm=config.batch_norm)
+
+
+def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None) -> MLP | TransposedConvNet:
     """A net from z, whose first output biases are `bias`."""
-    net = _mlp(config, config.latents, config.hidden[::-1], outputs)
+    net: MLP | TransposedConvNet
+    if config.net == "convolutional":
+        channels, height, width = config.image
+        image = (outputs // config.features * channels, height, width)
+        reverse = config.channels[::-1]
+        net = TransposedConvNet(config.latents, reverse, image, config.activation, batch_norm=config.batch_norm)
+    else:
+        net = _mlp(config, config.latents, config.hidden[::-1], outputs)
     if bias is not None:
         with torch.no_grad():
             net.last.bias[: len(bias)].copy_(bias)

@@ -36,7 +36,7 @@ Likelihood = Literal[
 ]  # fmt: skip
 Prior = Literal["standard", "learned", "mixture", "vamp", "flow"]
 Posterior = Literal["diagonal", "full", "product", "planar", "sylvester", "iaf", "spline"]
-Net = Literal["plain", "gated", "residual"]
+Net = Literal["plain", "gated", "residual", "convolutional"]
 Activation = Literal["tanh", "relu", "softplus", "silu", "gelu"]
 Noise = Literal["global", "dimension", "datum"]
 Library = Literal["none", "observed", "latent"]
@@ -187,7 +187,13 @@ class ModelConfig(_Checked):
     activation: Activation = "silu"
     """Nonlinearity between layers."""
     net: Net = "plain"
-    """Layers of encoder and decoder: plain ones, gated ones (which take no activation), or with skip connections."""
+    """Layers of encoder and decoder: plain ones, gated ones (which take no activation), or with skip connections; of
+    images also convolutional ones."""
+    image: tuple[int, ...] = ()
+    """Convolutional only: (C, H, W) of the images that the features are, channel by channel."""
+    channels: tuple[int, ...] = (32, 64)
+    """Convolutional only: channels after each convolution of the encoder, which halves both sides; the decoder has them
+    in reverse. Takes the place of hidden."""
     batch_norm: bool = False
     """Normalise every hidden layer over the batch."""
     posterior: Posterior = "diagonal"
@@ -226,6 +232,7 @@ class ModelConfig(_Checked):
                 "--total-count 16."
             )
         self._check_kinds()
+        self._check_image()
         spread = ("normal", "student-t", "negative-binomial", "zero-inflated")
         if self.noise != "dimension" and self.likelihood not in spread:
             raise InputError(
@@ -261,6 +268,27 @@ class ModelConfig(_Checked):
             raise InputError(
                 "`prior` vamp learns inputs that look like data, which codes of categories cannot; with likelihood "
                 "mixed use mixture or flow."
+            )
+
+    def _check_image(self) -> None:
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        if self.net != "convolutional":
+            for name in ("image", "channels"):
+                if (got := getattr(self, name)) != default[name]:
+                    raise InputError(f"`{name}` goes with net convolutional only; got {got} with {self.net}. Drop it.")
+            return
+        sized = len(self.image) == 3 and min(self.image) >= 1 and math.prod(self.image) == self.features
+        self._check("image", f"(C, H, W) with {self.features} = C H W", sized, "A grey image is (1, H, W).")
+        wide = len(self.channels) > 0 and min(self.channels) >= 1
+        self._check("channels", "one number of at least 1 for each convolution", wide, "Write e.g. --channels 32 64.")
+        if self.likelihood == "mixed" or self.posterior == "product":
+            raise InputError(
+                "`net` convolutional sees an image as a whole, where likelihood mixed and posterior product take one "
+                "column at a time. Drop one of the two."
+            )
+        if self.hidden != default["hidden"] and self.likelihood != "autoregressive":
+            raise InputError(
+                f"`hidden` has no effect on convolutional layers; got {self.hidden}. Give --channels, or drop it."
             )
 
 

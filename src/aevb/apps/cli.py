@@ -71,6 +71,16 @@ def main() -> None:
         sys.exit(130)
 
 
+_AUTO = {
+    "likelihood": "mixed for a table whose columns have names; else counts with a known limit, zeros and ones, bytes "
+    "of an image (discretized-logistic), or real values, as the data are",
+    "library": "observed for a sparse matrix, else none",
+    "net": "convolutional for images of 16 pixels a side or more under discretized-logistic, unless --hidden or "
+    "--posterior product is given; else plain",
+}
+"""What the data decide where a flag does not."""
+
+
 def _model_flags() -> type:
     """The fields of `ModelConfig` that the data do not decide, with their docstrings as help."""
     body = ast.parse(getsource(ModelConfig)).body[0]
@@ -82,18 +92,12 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name in ("features", "kinds"):
+        if field.name in ("features", "kinds", "image"):
             continue
         kind, default, metavar = hints[field.name], field.default, None
-        if field.name == "likelihood":
+        if field.name in _AUTO:
             kind, default = Literal["auto", *get_args(kind)], "auto"
-            told[field.name] += (
-                " auto: mixed for a table whose columns have names; else counts with a known limit, zeros and ones, or "
-                "real values, as the data are."
-            )
-        if field.name == "library":
-            kind, default = Literal["auto", *get_args(kind)], "auto"
-            told[field.name] += " auto: observed for a sparse matrix, else none."
+            told[field.name] += f" auto: {_AUTO[field.name]}."
         if field.name == "total_count":
             metavar = "INT"
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
@@ -159,7 +163,8 @@ def train(
     `aevb inspect`, and given likelihoods of their own. With --likelihood or --binarize all entries are of one kind.
 
     Args:
-        data: `digits`, a .npy, .npz, .csv, .parquet, .h5ad or IDX file, or a folder of the four MNIST files.
+        data: `digits`, a .npy, .npz, .csv, .parquet, .h5ad or IDX file, a folder of images, in sub-folders if they have
+            classes, or one of the four MNIST files.
         out: Folder of the new run.
         resume: Folder of a run that was stopped: go on with it as it was begun. Needs neither DATA nor --out.
         objective: Bound to maximise; iwae uses --samples draws.
@@ -294,7 +299,7 @@ def sample(
     Args:
         run: Folder of the run.
         n: Rows to draw.
-        out: File to write: .csv or .parquet; .npy where all columns are of one kind.
+        out: File to write: .csv or .parquet; .npy where all columns are of one kind; of images also .png, side by side.
         given: A condition on a column, as sex=F or "age>60"; may be repeated.
         samples: Draws from which rows that meet the conditions are picked.
         seed: Key of the draws.
@@ -306,7 +311,7 @@ def sample(
     if n < 1:
         raise InputError(f"`n` must be at least 1; got {n}. Give the number of rows to draw.")
     found = open_run(run)
-    check_destination(out, tables=schema_of(found) is not None)
+    check_destination(out, tables=schema_of(found) is not None, images=bool(found.data.get("image_shape")))
     print("\n".join(sample_file(found, out, n, given, samples=samples, seed=seed, moved=data)))
 
 
@@ -318,8 +323,8 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .h5ad or IDX; or a folder of .parquet files, which the
-            processes of torchrun or srun share out.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .h5ad or IDX; an image or a folder of them; or a folder of
+            .parquet files, which the processes of torchrun or srun share out.
         out: File to write: .npy, .csv or .parquet, .h5ad for one; or a folder for as many files, of which only those
             are made that it lacks.
     """
@@ -384,8 +389,8 @@ def score(
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow, .h5ad or IDX; or a folder of .parquet files, as
-            for `aevb encode`.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow, .h5ad or IDX; an image or a folder of them; or a
+            folder of .parquet files, as for `aevb encode`.
         out: File to write: .npy, .csv or .parquet, from .h5ad also a copy of it, with the figures in `.obs`; or a
             folder.
         by_column: Write -log p of each entry given the others of its row, too, with its standard error.

@@ -97,7 +97,7 @@ def export_run(
         raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")
     _check_packages(format)
     record: dict[str, Any] = {"format": format, "made": run.made, "parts": {}, "left_out": {}}
-    record |= {name: run.data.get(name) for name in ("columns", "kept", "dropped", "binarize")}
+    record |= {name: run.data.get(name) for name in ("columns", "kept", "dropped", "image_shape", "binarize")}
     record["schema"] = run.data["command"].get("schema")
     out.mkdir(parents=True)
     try:

@@ -261,7 +261,8 @@ def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     told, command = run.data, run.data["command"]
     rows = read_rows(
         path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
-        binarize=command["binarize"], seed=command["seed"], layer=_layer(command, path),
+        image_shape=told.get("image_shape"), binarize=command["binarize"], seed=command["seed"],
+        layer=_layer(command, path),
     )  # fmt: skip
     if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in _COUNTS:
         rows.check_counts(f"`{path}`")
@@ -305,18 +306,40 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
             data.train.check_counts(data.name)
     else:
         given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
+    if given["net"] == "auto":
+        given["net"] = "convolutional" if _for_convolutions(given, data) else "plain"
+    if given["net"] == "convolutional":
+        if data.image_shape is None:
+            raise InputError(
+                f"`--net convolutional` is for images, and the rows of {data.name} are none, or none any more where "
+                "--drop-constant left pixels out. Give images, or another --net."
+            )
+        given["image"] = (1, *data.image_shape)[-3:]
     if given["library"] == "auto":
         dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
         given["library"] = "observed" if sparse and dispersed else "none"
     return ModelConfig(features=data.features, **given)
 
 
+_LEAST_SIDE = 16
+"""Pixels on the shorter side of images that convolutions are taken for unasked."""
+
+
+def _for_convolutions(given: dict[str, Any], data: Data) -> bool:
+    """Whether rows are images of bytes, large enough, and nothing that was asked for stands against it."""
+    large = data.image_shape is not None and min(data.image_shape[-2:]) >= _LEAST_SIDE
+    plain = given["posterior"] == "product" or given["hidden"] != ModelConfig(features=1).hidden
+    return large and given["likelihood"] == "discretized-logistic" and not plain
+
+
 def _likelihood(data: Data) -> Likelihood:
-    """What fits the values: counts with a known limit, zeros and ones, or anything."""
+    """What fits the values: counts with a known limit, zeros and ones, the bytes of an image, or anything."""
     if data.binarize != "none":
         return "bernoulli"
     if data.total_count is not None:
         return "binomial"
+    import torch
+
     from aevb.data import SparseRows
 
     if isinstance(data.train, SparseRows):
@@ -324,7 +347,13 @@ def _likelihood(data: Data) -> Likelihood:
     known = data.train[~data.train.isnan()]
     if data.name.lower().endswith(".h5ad") and bool(((known >= 0) & (known == known.floor())).all()):
         return "negative-binomial"
-    return "bernoulli" if bool(((known == 0) | (known == 1)).all()) else "normal"
+    if bool(((known == 0) | (known == 1)).all()):
+        return "bernoulli"
+    # Where pixels are missing they are no bytes, but whole numbers still.
+    holed = data.image_shape is not None and len(known) < data.train.numel()
+    whole = holed and bool(((known >= 0) & (known <= 255) & (known == known.floor())).all())
+    bytes_ = data.image_shape is not None and data.train.dtype == torch.uint8
+    return "discretized-logistic" if bytes_ or whole else "normal"
 
 
 def rows_for_start(data: Data) -> Tensor | SparseRows:

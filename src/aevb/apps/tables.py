@@ -175,14 +175,31 @@ def sample_file(
 
 def _written(path: Path, run: Run, x: Tensor) -> Any:
     """Rows that a model made, with the types and names of a table's columns; the table, where there is one."""
-    from aevb.data import decode, write_frame, write_rows
+    import torch
+
+    from aevb.data import decode, write_frame, write_images, write_rows
 
     if schema := schema_of(run):
         frame = decode(schema, x.numpy())
         write_frame(path, frame)
         return frame
+    shape = run.data.get("image_shape")
+    if shape and path.suffix.lower() in (".npy", ".png"):
+        levels = run.vae.config is not None and run.vae.config.likelihood == "discretized-logistic"
+        write_images(path, (x.to(torch.uint8) if levels else x).numpy(), shape, _tones(run, x))
+        return None
     write_rows(path, x.numpy(), _names(run, x))
     return None
+
+
+def _tones(run: Run, x: Tensor) -> tuple[float, float]:
+    """The values that are black and white: the ends of the likelihood's support, else of what was drawn."""
+    config = run.vae.config
+    assert config is not None  # a run of the command line's
+    ends = {"discretized-logistic": 255.0, "bernoulli": 1.0, "autoregressive": 1.0}
+    if (high := ends.get(config.likelihood, config.total_count)) is not None:
+        return 0.0, float(high)
+    return float(x.min()), float(x.max())
 
 
 _OPERATORS = (">=", "<=", "==", "=", ">", "<")
@@ -365,7 +382,7 @@ def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: 
     import numpy as np
     import torch
 
-    from aevb.data import decode, encode, read_frame, widened, write_frame, write_rows
+    from aevb.data import decode, encode, read_frame, widened, write_frame, write_images, write_rows
     from aevb.data.frames import formed
     from aevb.data.tables import polars
 
@@ -375,6 +392,8 @@ def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: 
         if several:
             numbers = torch.arange(1, len(sets) + 1).repeat_interleave(len(sets[0])).unsqueeze(1)
             write_rows(out, torch.cat([numbers.to(sets[0]), torch.cat(sets)], 1), [_SET, *columns])
+        elif (shape := run.data.get("image_shape")) and out.suffix.lower() == ".npy":
+            write_images(out, sets[0].numpy(), shape)
         else:
             write_rows(out, sets[0], columns)
         return

@@ -53,7 +53,8 @@ def start(
     describe = data.describe() | {"command": source, "objective": objective}
     if processes.is_writer:
         print(told, end="")
-        print(f"{data.name}: {len(data.train)} rows of {data.features}, likelihood {described.likelihood}", flush=True)
+        chosen = f"likelihood {described.likelihood}" + (", net convolutional" if described.image else "")
+        print(f"{data.name}: {len(data.train)} rows of {data.features}, {chosen}", flush=True)
     run = _fit(vae, data, config, objective, out, None, trackers, describe, processes)
     if processes.is_writer:
         _tell_end(run)

@@ -23,7 +23,7 @@ from aevb.config import InputError
 from aevb.data.files import FORMATS, Part, Source, listed, opened, parsing, shown
 from aevb.data.sparse import from_parts
 
-__all__ = ["read_idx", "read_mnist_folder", "read_numpy"]
+__all__ = ["holds_mnist", "read_idx", "read_mnist_folder", "read_numpy"]
 
 _ROWS = ("x_train", "train", "x", "X", "data")
 _TEST = {"x_train": "x_test", "train": "test"}
@@ -147,6 +147,11 @@ def _idx(file: BinaryIO, limit: int, path: Path) -> NDArray[Any]:
     # A bytearray, because torch wants memory that may be written to.
     values = np.frombuffer(bytearray(content), dtype).reshape(shape)
     return values.astype(values.dtype.newbyteorder("="), copy=False)
+
+
+def holds_mnist(folder: Path) -> bool:
+    """Whether one of the four files of MNIST lies in a folder."""
+    return any(_mnist_file(folder, split, kind) for split in ("train", "t10k") for kind in ("images", "labels"))
 
 
 def read_mnist_folder(folder: Path) -> Source:

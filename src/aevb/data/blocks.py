@@ -131,7 +131,8 @@ def open_array(path: str | Path, *, block_rows: int | None = None, node: str = "
     def read(number: int) -> Tensor:
         rows = np.array(values[starts[number] : starts[number + 1]])
         told = f"{where}, from row {starts[number]} on"
-        return _as(rows_from(Part(where=told, values=rows)).x, dtype, told).reshape(rows.shape)
+        flat = rows.reshape(len(rows), -1)  # whatever the axes mean: they stay as they are
+        return _as(rows_from(Part(where=told, values=flat)).x, dtype, told).reshape(rows.shape)
 
     return Blocks([b - a for a, b in pairwise(starts)], read, node)
 

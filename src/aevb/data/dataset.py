@@ -44,8 +44,9 @@ class Data:
     """`(M,)` int64; -1 is missing."""
     columns: tuple[str, ...] | None = None
     """P names, where the source has them."""
-    image_shape: tuple[int, int] | None = None
-    """Height and width, whose product is P; None where rows are not (whole) images."""
+    image_shape: tuple[int, ...] | None = None
+    """(H, W) of grey images; (3, H, W) of colour ones, whose rows hold red, then green, then blue. The product is P;
+    None where rows are not (whole) images."""
     total_count: int | None = None
     """The largest possible entry, where entries are counts with a known limit."""
     binarize: Binarize = "none"

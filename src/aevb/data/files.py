@@ -17,7 +17,10 @@ from aevb.config import InputError
 
 __all__ = ["FORMATS", "MISSING", "Part", "Source", "as_float", "listed", "opened", "parsing", "reason", "shown"]
 
-FORMATS = ".npy, .npz, .csv, .parquet, .h5ad, an IDX file (such as train-images-idx3-ubyte, also .gz)"
+FORMATS = (
+    ".npy, .npz, .csv, .parquet, .h5ad, an IDX file (such as train-images-idx3-ubyte, also .gz), an image (.png, .jpg "
+    "and others) or a folder of them"
+)
 
 MISSING = ("", "NA", "NaN", "nan", "null", "?")
 """Cells of a CSV file that mean: not observed."""
@@ -34,7 +37,7 @@ class Part:
     """Rows as their file has them."""
 
     where: str  # how an error names them
-    values: Any  # an array (N,), (N, P) or (N, H, W), or a sparse matrix (N, P)
+    values: Any  # an array (N,), (N, P), (N, H, W) or (N, H, W, 3), or a sparse matrix (N, P)
     labels: NDArray[Any] | None = None  # (N,)
     columns: tuple[str, ...] | None = None  # P names
     named: bool = False  # the names stand in the file; else they were made up

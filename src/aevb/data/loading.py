@@ -33,19 +33,29 @@ def load(
     - `.csv`: numbers, `true` and `false`; a cell that is empty, `NA`, `NaN`, `nan`, `null` or `?` is missing. The first
       line names the columns; if it is all numbers it is data, and the columns are called x1, x2 and so on.
     - `.parquet`: columns of numbers and booleans; null is missing.
-    - `.npy`: an array `(N,)`, `(N, P)`, or `(N, H, W)` of grey images, which are flattened.
+    - `.npy`: an array `(N,)`, `(N, P)`, `(N, H, W)` of grey images, or `(N, H, W, 3)` of colour images: bytes, floats
+      in [0, 1], or, with NaN for missing pixels, whole numbers from 0 to 255.
     - `.npz`: arrays `x_train` with `y_train`, `x_test`, `y_test`; or `train` with `test`; or `x`, `X` or `data` with
       `y` or `labels`; or a single array. Labels that are not whole numbers are left out: they are no classes.
     - `.npz` as `scipy.sparse.save_npz` writes it: the rows stay sparse until they are used, a batch at a time.
     - `.h5ad`, an AnnData file: its X or a layer, sparse if it is stored so; columns have the names of `var`.
     - IDX, the format of MNIST, whatever its name, also compressed by gzip.
+    - an image: `.png`, `.jpg`, `.jpeg`, `.bmp`, `.tif`, `.tiff` or `.webp`, of 8 bits a channel.
+
+    The images of a folder are read in the order of their names, and must have one size. Sub-folders are classes,
+    numbered in the order of their names, unless there are two, called train and test. If one image is in colour, all
+    are read so. Palettes become colours. Transparency is dropped where no pixel uses it, else refused.
+
+    A row is an image flattened, one in colour as its red, green and blue planes, `(3, H, W)`: what `aevb.nets.ConvNet`
+    takes.
 
     Bytes stay uint8; all else becomes float32, or float64 where float32 would overflow, underflow, or change entries
     beyond 2**24.
 
     Args:
-        source: A file; a folder with the four IDX files of MNIST; either, spelt `mnist:PATH`; or `digits`, the 1797
-            images of 8 x 8 counts 0..16 that come with scikit-learn, of which the first 1500 are for training.
+        source: A file; a folder of images; a folder with the four IDX files of MNIST, or a file of it, also spelt
+            `mnist:PATH`; or `digits`, the 1797 images of 8 x 8 counts 0..16 that come with scikit-learn, of which the
+            first 1500 are for training.
         binarize: "none"; "static": each pixel is drawn once from Bernoulli(grey); "epoch": test pixels are, and train
             pixels are drawn anew each time they are used. Grey is a byte over 255, a count over its limit, or a
             float in [0, 1]. Missing pixels stay missing under "static".

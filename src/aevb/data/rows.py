@@ -15,6 +15,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.data.binary import Binarize, check_binarize, check_grey, draw_once
 from aevb.data.files import Part, as_float, listed, shown
+from aevb.data.images import as_rows, described
 from aevb.data.sources import open_source
 from aevb.data.sparse import SparseRows, compressed
 
@@ -32,7 +33,7 @@ class Rows:
     labels: Tensor | None  # (N,) int64, -1 is missing
     columns: tuple[str, ...] | None
     named: bool
-    image_shape: tuple[int, int] | None
+    image_shape: tuple[int, ...] | None  # (H, W), or (3, H, W) in colour
 
 
 def column_name(columns: Sequence[str] | None, j: int) -> str:
@@ -44,7 +45,7 @@ def rows_from(part: Part) -> Rows:
     """Checks what a file held and makes tensors of it.
 
     Raises:
-        InputError: If the array is not of numbers, has no rows or columns, more than three axes, or infinite entries.
+        InputError: If the array is not of numbers, has no rows or columns, too many axes, or infinite entries.
     """
     values, where = part.values, part.where
     if not isinstance(values, np.ndarray):
@@ -61,12 +62,7 @@ def rows_from(part: Part) -> Rows:
             f"{where} holds entries of type {values.dtype}; real numbers are needed. "
             "Convert it: x.astype(float), or code categories as numbers."
         )
-    if values.ndim not in (1, 2, 3) or values.size == 0:
-        raise InputError(
-            f"{where} has shape {values.shape}; it must be (rows,), (rows, columns) or grey images (rows, height, "
-            "width), with at least one of each. Reshape it: x.reshape(len(x), -1)."
-        )
-    flat = np.ascontiguousarray(values.reshape(len(values), -1))
+    flat, shape = as_rows(values, where)
     x = flat if flat.dtype == np.uint8 else as_float(flat, where)
     _check_finite(x, part)
     return Rows(
@@ -75,7 +71,7 @@ def rows_from(part: Part) -> Rows:
         labels=_labels(part),
         columns=part.columns,
         named=part.named,
-        image_shape=(values.shape[1], values.shape[2]) if values.ndim == 3 else None,
+        image_shape=shape,
     )
 
 
@@ -125,6 +121,7 @@ def read_rows(
     columns: Sequence[str] | None = None,
     kept: Sequence[int] | None = None,
     features: int | None = None,
+    image_shape: Sequence[int] | None = None,
     dropped: Sequence[str] = (),
     part: Literal["train", "test"] = "test",
     binarize: Binarize = "none",
@@ -140,6 +137,8 @@ def read_rows(
         columns: The model's `Data.columns`.
         kept: The model's `Data.kept`: where the columns stood that were kept, if constant ones were dropped.
         features: The model's `Data.features`, P.
+        image_shape: The model's `Data.image_shape`. Images must have it, except that grey ones are also read as colour
+            ones; rows that are flat already are taken to be in the order that it tells.
         dropped: The model's `Data.dropped`; tells the columns that the file may have beyond the model's. If it is
             empty while `kept` is given, a file laid out like the training file is trusted to hold nothing else.
         part: The rows wanted, where the source has both; a source with one part gives that.
@@ -163,6 +162,8 @@ def read_rows(
     source = open_source(path, layer)
     chosen = source.test if part == "test" and source.test is not None else source.train
     rows = rows_from(chosen)
+    if image_shape is not None and rows.image_shape is not None:
+        rows = _of_shape(rows, tuple(image_shape))
     picked: list[int] | None
     if columns is not None and rows.named and rows.columns is not None:
         picked = _by_name(rows.where, rows.columns, columns, kept, dropped)
@@ -175,6 +176,20 @@ def read_rows(
     if binarize == "none":
         return rows.x
     return draw_once(grey_of(rows, source.total_count), seed=seed, part="train" if chosen is source.train else "test")
+
+
+def _of_shape(rows: Rows, shape: tuple[int, ...]) -> Rows:
+    """Images as a model takes them."""
+    if rows.image_shape == shape:
+        return rows
+    assert isinstance(rows.x, Tensor)  # no sparse matrix holds images
+    if rows.image_shape == shape[1:]:
+        return replace(rows, x=rows.x.repeat(1, shape[0]), image_shape=shape)
+    assert rows.image_shape is not None
+    raise InputError(
+        f"{rows.where} has images of {described(rows.image_shape)}; the model was trained on images of "
+        f"{described(shape)}. Crop, resize or convert them as those were."
+    )
 
 
 def _by_name(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from aevb.config import InputError
 from aevb.data.annotated import SUFFIX, read_h5ad
-from aevb.data.arrays import read_idx, read_mnist_folder, read_numpy
+from aevb.data.arrays import holds_mnist, read_idx, read_mnist_folder, read_numpy
 from aevb.data.files import Part, Source
+from aevb.data.images import SUFFIXES, read_image, read_image_folder
 from aevb.data.tables import read_csv, read_parquet
 
 __all__ = ["open_source"]
@@ -31,7 +32,8 @@ def open_source(source: str | Path, layer: str = "") -> Source:
         return _digits()
     path = Path(source.removeprefix("mnist:") if isinstance(source, str) else source)
     if os.path.isdir(path):
-        return read_mnist_folder(path)
+        mnist = path != Path(source) or holds_mnist(path)
+        return read_mnist_folder(path) if mnist else read_image_folder(path)
     if path.suffix.lower() == SUFFIX:
         return read_h5ad(path, layer)
     return _READERS.get(path.suffix.lower(), _idx)(path)
@@ -71,4 +73,5 @@ _READERS: dict[str, Callable[[Path], Source]] = {
     ".npz": read_numpy,
     ".csv": _csv,
     ".parquet": _parquet,
+    **dict.fromkeys(SUFFIXES, read_image),
 }

@@ -101,9 +101,10 @@ def _table(array: Tensor | ArrayLike) -> NDArray[Any]:
 
 
 def check_destination(
-    path: str | Path, *, overwrite: bool = False, tables: bool = False, source: str | Path | None = None
-) -> None:
-    """Raise what `write_rows`, or for tables `write_frame`, would of its path, before the work that is to be written.
+    path: str | Path, *, overwrite: bool = False, tables: bool = False, images: bool = False,
+    source: str | Path | None = None,
+) -> None:  # fmt: skip
+    """Raise what `write_rows`, or its fellow for tables or images, would of its path, before the work.
 
     Results about the rows of an AnnData file, `source`, may go to another such file.
 
@@ -115,7 +116,7 @@ def check_destination(
     path = Path(path)
     annotated = source is not None and str(source).lower().endswith(SUFFIX)
     allowed = [suffix for suffix in _WRITERS if not tables or suffix != ".npy"]  # which holds numbers only
-    allowed += [SUFFIX] if annotated else []
+    allowed += [SUFFIX] if annotated else [".png"] if images else []
     if path.suffix.lower() not in allowed:
         raise InputError(
             f"`{path}` must end in {', '.join(allowed)}; got {path.suffix!r}. Choose one of these suffixes."

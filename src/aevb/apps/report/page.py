@@ -27,7 +27,7 @@ __all__ = ["write_report"]
 
 def write_report(
     run: Run, summary: Summary, path: Path, *, test: Tensor | SparseRows, labels: Tensor | None = None,
-    image_shape: tuple[int, int] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
+    image_shape: tuple[int, ...] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
     seed: int = 0,
 ) -> None:  # fmt: skip
     """Write the report of a run to one HTML file, whole or not at all.
@@ -38,9 +38,11 @@ def write_report(
         path: File to write; one that exists is replaced.
         test: Rows of the node `x` that were evaluated, `(N, P)`, NaN for missing; at most 5000 are drawn.
         labels: Classes `(N,)` to colour the latent space by; negative or NaN where unknown.
-        image_shape: Height and width, if rows are images; else they are shown as a table's columns.
+        image_shape: (H, W) if rows are grey images, (3, H, W) if they are in colour; else they are shown as a table's
+            columns.
         columns: Names of the P columns.
-        maximum: Pixel value shown as full ink; the largest test pixel if None.
+        maximum: Largest pixel value; if None 255 for bytes, else that of the largest test pixel. It is shown as full
+            ink, in images of bytes and of colours as full light.
         seed: Key of the samples; torch's own generator is not moved.
 
     Raises:
@@ -72,7 +74,12 @@ def write_report(
     with style.context(["default", STYLE]):
         shown = pictures.curves(run) | pictures.rise(summary) | pictures.usage(summary, seen)
         shown |= pictures.latent_map(seen) | {"diagnoses": findings.drawn(summary)}
-        shown |= pictures.columns(seen, columns) if image_shape is None else pictures.images(seen, image_shape, maximum)
+        if image_shape is None:
+            shown |= pictures.columns(seen, columns)
+        else:
+            levels = run.vae.config is not None and run.vae.config.likelihood == "discretized-logistic"
+            maximum = 255.0 if maximum is None and levels else maximum
+            shown |= pictures.images(seen, image_shape, maximum, light=levels or len(image_shape) == 3)
     source = importlib.resources.files("aevb.apps.report").joinpath("report.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page = environment.from_string(source).render(
@@ -87,7 +94,7 @@ def write_report(
 
 
 def _check(
-    test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, int] | None, columns: Sequence[str] | None
+    test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, ...] | None, columns: Sequence[str] | None
 ) -> None:
     if test.ndim < 2 or not len(test):
         raise InputError(f"`test` must be (N, P) with at least one row; got shape {tuple(test.shape)}. Give the rows.")
@@ -99,7 +106,7 @@ def _check(
     if image_shape is not None and math.prod(image_shape) != width:
         raise InputError(
             f"`image_shape` {tuple(image_shape)} needs rows of {math.prod(image_shape)} pixels; `test` has {width}. "
-            "Give the images' height and width, or None for a table."
+            "Give the images' height and width, behind a 3 for colours, or None for a table."
         )
     if columns is not None and len(columns) != width:
         raise InputError(f"`columns` must have {width} names, one a column; got {len(columns)}. Name every column.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,10 @@ from aevb.apps.report.drawing import BLUE, CLASSES, GREEN, GREY, MARKERS, ORANGE
 from aevb.apps.report.seen import SAMPLES, TILES, Seen, evenly
 from aevb.apps.summary import ACTIVE_ABOVE, Summary
 from aevb.checkpoint import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["columns", "curves", "images", "latent_map", "rise", "usage"]
 
@@ -119,8 +123,8 @@ def _by_dimension(node: str | None, heights: Array, spread: Array, order: NDArra
     return picture(figure, title, f"{what}, by dimension of {node}: {heights.min():.3g} to {heights.max():.3g}.")
 
 
-def images(seen: Seen, shape: tuple[int, int], maximum: float | None) -> dict[str, Any]:
-    """Test images above their reconstructions, and samples."""
+def images(seen: Seen, shape: tuple[int, ...], maximum: float | None, *, light: bool) -> dict[str, Any]:
+    """Test images above their reconstructions, and samples; a high value is light, or ink."""
     known = seen.x[np.isfinite(seen.x)]
     low = known.min(initial=0.0)
     limits = low, max(known.max(initial=low), low + 1e-9) if maximum is None else maximum
@@ -129,43 +133,67 @@ def images(seen: Seen, shape: tuple[int, int], maximum: float | None) -> dict[st
         kept = evenly(len(seen.x), TILES).numpy()
         pairs = {"real": seen.x[kept], "rebuilt": seen.reconstruction[kept]}
         told = f"{len(kept)} images, each above its reconstruction by the model."
-        pictures["rebuilt"] = _mosaic("Real and reconstructed", pairs, shape, limits, told)
+        pictures["rebuilt"] = _mosaic("Real and reconstructed", pairs, shape, limits, light, told)
     made = {"": seen.sample_means if seen.node else seen.samples}
-    pictures["drawn"] = _mosaic("Samples", made, shape, limits, f"{SAMPLES} images made by the model.")
-    return {"images": pictures, "columns": {}, "holes": bool(np.isnan(seen.x).any())}
+    pictures["drawn"] = _mosaic("Samples", made, shape, limits, light, f"{SAMPLES} images made by the model.")
+    tones = f"{'Light' if light else 'Dark'} is a high value; the scale is below each picture."
+    if len(shape) == 3:
+        tones = f"Red, green and blue are shown from {limits[0]:g}, dark, to {limits[1]:g}, light."
+    return {"images": pictures, "columns": {}, "tones": tones, "holes": bool(np.isnan(seen.x).any())}
 
 
 def _mosaic(
-    title: str, kinds: Mapping[str, Array], shape: tuple[int, int], limits: tuple[float, float], alt: str
+    title: str, kinds: Mapping[str, Array], shape: tuple[int, ...], limits: tuple[float, float], light: bool, alt: str
 ) -> Picture:
     """Images in one array, kind above kind; frames lie below the colour scale, missing pixels are NaN."""
-    import matplotlib
-
-    zoom = max(1, -(-32 // min(shape)))
-    height, width = shape[0] * zoom + 2, shape[1] * zoom + 2
-    across = min(10, max(2, round(10 * shape[0] / shape[1])))
+    zoom = max(1, -(-32 // min(shape[-2:])))
+    height, width = shape[-2] * zoom + 2, shape[-1] * zoom + 2
+    across = min(10, max(2, round(10 * shape[-2] / shape[-1])))
     strips = math.ceil(len(next(iter(kinds.values()))) / across) * len(kinds)
-    canvas = np.full((strips * height, across * width), limits[0])
+    frame = 2 * limits[0] - limits[1] - 1
+    canvas = np.full((*shape[:-2], strips * height, across * width), limits[1] if light else limits[0])
     for kind, images in enumerate(kinds.values()):
         for i, image in enumerate(images):
             top, left = (i // across * len(kinds) + kind) * height, i % across * width
-            tile = np.clip(image, *limits).reshape(shape).repeat(zoom, 0).repeat(zoom, 1)
-            canvas[top : top + height, left : left + width] = np.pad(
-                tile, 1, constant_values=2 * limits[0] - limits[1] - 1
-            )
-    figure, axes = blank(0.6 + 4.2 * canvas.shape[0] / canvas.shape[1])
-    colours = matplotlib.colormaps["gray_r"].with_extremes(under="#b9c6da", bad="#e69f00")
-    masked = np.ma.masked_array(canvas, np.isnan(canvas))
-    shown = axes.imshow(masked, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
+            tile = np.clip(image, *limits).reshape(shape).repeat(zoom, -2).repeat(zoom, -1)
+            margin = [*[(0, 0)] * (len(shape) - 2), (1, 1), (1, 1)]
+            canvas[..., top : top + height, left : left + width] = np.pad(tile, margin, constant_values=frame)
+    figure, axes = blank((0.2 if len(shape) == 3 else 0.6) + 4.2 * canvas.shape[-2] / canvas.shape[-1])
+    if len(shape) == 3:
+        axes.imshow(_in_colour(canvas, limits, frame), interpolation="nearest")
+    else:
+        _in_tones(figure, axes, canvas, limits, light)
     middles = (np.arange(strips) + 0.5) * height
     axes.set_yticks(middles, [*kinds] * (strips // len(kinds)), rotation=90, va="center", fontsize=8)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.grid(visible=False)
+    return picture(figure, title, alt)
+
+
+_FRAME, _MISSING = "#b9c6da", "#e69f00"
+
+
+def _in_colour(canvas: Array, limits: tuple[float, float], frame: float) -> Array:
+    """Planes `(3, H, W)` as a picture `(H, W, 3)` in [0, 1]; a pixel that lacks one of the three counts as missing."""
+    from matplotlib.colors import to_rgb
+
+    lost, edge = np.isnan(canvas).any(0), (canvas == frame).all(0)
+    pixels: Array = np.moveaxis((canvas - limits[0]) / (limits[1] - limits[0]), 0, -1)
+    pixels[lost], pixels[edge] = to_rgb(_MISSING), to_rgb(_FRAME)
+    return pixels
+
+
+def _in_tones(figure: Figure, axes: Axes, canvas: Array, limits: tuple[float, float], light: bool) -> None:
+    """A picture `(H, W)` with its scale."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["gray" if light else "gray_r"].with_extremes(under=_FRAME, bad=_MISSING)
+    masked = np.ma.masked_array(canvas, np.isnan(canvas))
+    shown = axes.imshow(masked, cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="nearest")
     bar = figure.colorbar(shown, ax=axes, orientation="horizontal", fraction=0.15, aspect=50, pad=0.02)
     bar.set_label("pixel value, in the data's units", fontsize=9)
-    return picture(figure, title, alt)
 
 
 def columns(seen: Seen, names: Sequence[str] | None) -> dict[str, Any]:

@@ -30,8 +30,11 @@ __all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "sizes", "
 
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
+_BYTES = "discretized-logistic"
+"""The likelihood of bytes, whose log p is told in bits per dimension, too."""
 DENSITIES = ("normal", "student-t")
 """Likelihoods that are densities in the data's units; the others are probabilities."""
+_DERIVED = ("gap", "bits_per_dim")
 _GIVEN = "{}, computed of x itself: compare with models that are given it, too, and with no other log p(x)"
 _LEAST_FOR_K = 25  # a fifth of the draws is the tail, and five points are the least a fit is made to
 
@@ -53,6 +56,7 @@ class Summary:
     latent_spread: dict[str, list[float]]  # latent node to Var_x E_q[z | x] by dimension
     features: int
     curve: list[list[float]]  # [K, bound with K draws], K rising to `samples`
+    known: int = 0  # entries of all rows that are not missing; 0 where they were not counted, in older evaluations
     data: str = ""  # what the rows are, their binarisation included
     weights: str = ""  # fingerprint of the weights that were evaluated
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
@@ -63,6 +67,16 @@ class Summary:
     def gap(self) -> float:
         """How much the bound loses, nats."""
         return self.log_prob - self.elbo
+
+    @property
+    def bits_per_dim(self) -> float | None:
+        r"""Bits that code a byte, :math:`-\log p / (P \log 2)`, of what is known of P bytes; None for other data."""
+        return -self.log_prob / self._bit if self.likelihood == _BYTES else None
+
+    @property
+    def _bit(self) -> float:
+        """Nats a row that are one bit in each of its known entries."""
+        return (self.known / self.rows or self.features) * math.log(2)
 
     @property
     def headline(self) -> str:
@@ -88,8 +102,14 @@ class Summary:
             ("ELBO", f"{self.elbo:.2f} nats"),
             (f"gap log {self.quantity} - ELBO", f"{self.gap:.2f} nats"),
             *([("bound by draws", self._rise())] if len(self.curve) > 1 else []),
+            *([("bits per dimension", self._coded())] if self.bits_per_dim is not None else []),
             ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
         ]
+
+    def _coded(self) -> str:
+        error = f" ± {self.std_error / self._bit:.3f}" if math.isfinite(self.std_error) else ""
+        holes = ", of the entries that are known" if 0 < self.known < self.rows * self.features else ""
+        return f"{self.bits_per_dim:.3f}{error} (-log {self.quantity} / ({self.features} log 2){holes})"
 
     def _rise(self) -> str:
         """The bound at 1, 16, 256, ... draws, and at all of them."""
@@ -114,8 +134,8 @@ class Summary:
         return [*(f"{name:<{width}}  {figure}" for name, figure in facts), *told, *gap, self.caveat, self.headline]
 
     def to_json(self) -> dict[str, Any]:
-        """Fields, and the gap, in full precision; what is not a number is None, since JSON has no NaN."""
-        fields = dataclasses.asdict(self) | {"gap": self.gap}
+        """Fields, and what follows from them, in full precision; what is not a number is None: JSON has no NaN."""
+        fields = dataclasses.asdict(self) | {name: getattr(self, name) for name in _DERIVED}
         return {
             name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()
         }
@@ -123,7 +143,7 @@ class Summary:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        known: dict[str, Any] = {n: math.nan if value is None else value for n, value in fields.items() if n != "gap"}
+        known: dict[str, Any] = {n: math.nan if v is None else v for n, v in fields.items() if n not in _DERIVED}
         known["given"] = tuple(known.get("given", ()))
         known["findings"] = {name: Finding.from_json(each) for name, each in known.get("findings", {}).items()}
         return cls(**known)
@@ -159,8 +179,10 @@ def summarize(
         )
     if isinstance(values, SparseRows):
         units, features = _active_in_parts(vae, values), values.shape[1]
+        known = rows * features
     else:
         units, features = active_units(vae, values), sum(value[0].numel() for value in values.values())
+        known = sum(int((~value.isnan()).sum()) for value in values.values())
     spread = {node: variance.flatten().tolist() for node, variance in units.items()}
     return Summary(
         split=split,
@@ -175,6 +197,7 @@ def summarize(
         active={node: [sum(v > ACTIVE_ABOVE for v in dims), len(dims)] for node, dims in spread.items()},
         latent_spread=spread,
         features=features,
+        known=known,
         curve=[[count, float(bound.mean())] for count, bound in marginal.curve.items()],
         data=data,
         weights=weights_of(vae),
