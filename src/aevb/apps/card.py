@@ -15,7 +15,7 @@ from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary, weights_of
 from aevb.bayesnet import VAE
 from aevb.checkpoint import Run, load
 from aevb.config import InputError, ModelConfig, TrainConfig
-from aevb.data import Column, Schema
+from aevb.data import Column, Schema, described
 from aevb.nets import LogTotal
 from aevb.pretrained import write_pretrained
 
@@ -238,7 +238,7 @@ def _data(data: dict[str, Any], run: Run) -> Iterable[str]:
         [
             ("name", _code(data["name"])),
             ("rows", f"{rows['train']} to train on{held}{tested}"),
-            ("columns", f"{data['features']}" + (f", images of {shape[0]} x {shape[1]}" if shape else "")),
+            ("columns", f"{data['features']}" + (f", images of {described(shape)}" if shape else "")),
             ("missing entries", ", ".join(f"{n} in {part} rows" for part, n in missing.items() if n is not None)),
             ("binarisation", data["binarize"]),
             *([("counts", f"0 to {data['total_count']}")] if data["total_count"] is not None else []),

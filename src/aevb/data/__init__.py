@@ -8,7 +8,7 @@ from aevb.data.blocks import Blocks, open_array, open_shards
 from aevb.data.coding import decode, encode, widened
 from aevb.data.dataset import Data
 from aevb.data.frames import read_frame
-from aevb.data.images import as_images, write_images
+from aevb.data.images import as_images, described, write_images
 from aevb.data.kinds import find_schema
 from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
@@ -27,6 +27,7 @@ __all__ = [
     "as_images",
     "check_destination",
     "decode",
+    "described",
     "encode",
     "find_schema",
     "load",
