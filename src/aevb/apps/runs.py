@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EVALUATION",
+    "column_names",
     "data_of",
     "diagnose_run",
     "evaluate_run",
@@ -329,3 +330,8 @@ def rows_for_start(data: Data) -> Tensor | SparseRows:
         return data.train
     rows = data.train.float() if not data.train.is_floating_point() else data.train
     return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows
+
+
+def column_names(run: Run, rows: Tensor | SparseRows) -> list[str]:
+    """Those of the data, or made up."""
+    return list(run.data.get("columns") or [f"x{j + 1}" for j in range(rows.shape[1])])
