@@ -82,7 +82,7 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name in ("features", "kinds"):
+        if field.name in ("features", "kinds", "target"):
             continue
         kind, default, metavar = hints[field.name], field.default, None
         if field.name == "likelihood":

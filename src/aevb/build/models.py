@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from aevb.bayesnet import VAE, BayesNet
 from aevb.build.start import Rows, Start, log, logits, start_of
+from aevb.build.target import TargetStart, semi_supervised
 from aevb.conditionals import (
     AutoregressiveBernoulli,
     Bernoulli,
@@ -38,18 +40,20 @@ from aevb.nets import MLP, Columns, Evidence, Holes, LogTotal, Standardize
 __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 
 
-def build_vae(config: ModelConfig, x: Tensor | Rows | None = None) -> VAE:
-    r"""The model p(z) p(x | z) with q(z | x) that `config` tells.
+def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | None = None) -> VAE:
+    r"""The model p(z) p(x | z) with q(z | x) that `config` tells, or p(y) p(z) p(x | y, z) with q(y | x) q(z | x, y).
 
     Args:
         config: What to build.
         x: Training rows `(N, features)`, NaN for missing. Where given, the likelihood starts at their mean
             (Burda et al., 2016, start the output biases so), the encoder sees them standardised, and pseudo-inputs of
             a vamp prior start at some of them. `aevb.data.SparseRows` are looked at part by part.
+        y: The target in these rows, codes of classes or numbers, `(N,)`, NaN for missing. Where given, p(y) and
+            q(y | x) start at its shares, or at its mean and spread.
 
     Returns:
-        A model with nodes `z` and `x`, and `library` where the configuration has one; weights from torch's current
-        generator.
+        A model with nodes `z` and `x`, `library` where the configuration has one, and `y` where it has a target;
+        weights from torch's current generator.
 
     Example:
         >>> build_vae(ModelConfig(features=64, likelihood="binomial", total_count=16)).p.keys
@@ -57,10 +61,16 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None) -> VAE:
     """
     if x is not None and x.shape[1:] != (config.features,):
         raise InputError(f"`x` must be (N, {config.features}) as `features` says; got shape {tuple(x.shape)}.")
-    start = start_of(config, x)
+    target = TargetStart.of(config, y) if config.target else None
+    start = replace(start_of(config, x), target=target)
     likelihood = LIKELIHOODS[config.likelihood](config, start)
     posterior = POSTERIORS[config.posterior](config, start)
     prior = PRIORS[config.prior](config, start, posterior)
+    if target is not None:
+        judge = target.judge(_columns(config, target.heads, start))
+        vae = semi_supervised(y=target.prior(), z=prior, x=likelihood, judge=judge, encoder=posterior)
+        vae.config = config
+        return vae
     p: dict[str, nn.Module] = {"z": prior, "x | z": likelihood}
     q: dict[str, nn.Module] = {"z | x": posterior}
     if config.library != "none":
@@ -135,7 +145,8 @@ def _discretized_logistic(config: ModelConfig, start: Start) -> nn.Module:
 
 
 def _mixed(config: ModelConfig, start: Start) -> nn.Module:
-    net = _decoder(config, Mixed.width(config.kinds), start.bias)
+    net: nn.Module = _decoder(config, Mixed.width(config.kinds), start.bias, beside=_width(start))
+    net = net if start.target is None else start.target.shown(net, at=0)
     resolution = torch.zeros(config.features) if start.resolution is None else start.resolution
     return Mixed(net, config.kinds, start.mean, start.scale, resolution, start.heaps)
 
@@ -166,13 +177,11 @@ def _full(config: ModelConfig, start: Start) -> nn.Module:
 
 def _product(config: ModelConfig, start: Start) -> nn.Module:
     inputs = [Kind.parse(kind).inputs for kind in config.kinds] or [1] * config.features
-    net = _mlp(config, sum(inputs) + len(inputs), config.hidden, 2 * config.latents)
+    net = _mlp(config, sum(inputs) + len(inputs) + _width(start), config.hidden, 2 * config.latents)
     shown = Evidence(net, inputs, config.latents)
-    encoder = (
-        Columns(shown, config.kinds, start.mean, start.scale)
-        if config.kinds
-        else Standardize(Holes(shown), start.mean, start.scale)
-    )
+    encoder: nn.Module = Standardize(Holes(shown), start.mean, start.scale)
+    if config.kinds:
+        encoder = _with_y(Columns(shown, config.kinds, start.mean, start.scale), start)
     return ProductNormal(encoder, config.latents, sum(inputs))
 
 
@@ -262,17 +271,32 @@ def _centre(start: Start) -> Tensor:
 
 def _encoder(config: ModelConfig, outputs: int, start: Start) -> nn.Module:
     if config.kinds:
-        net = _mlp(config, Columns.width(config.kinds), config.hidden, outputs)
-        return Columns(net, config.kinds, start.mean, start.scale)
+        return _with_y(_columns(config, outputs, start, beside=_width(start)), start)
     net = _mlp(config, 2 * config.features if config.holes else config.features, config.hidden, outputs)
     if config.library != "none":
         return Standardize(net, _centre(start), start.scale, log1p=True)
     return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
 
 
-def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None) -> MLP:
-    """A net from z, whose first output biases are `bias`."""
-    net = _mlp(config, config.latents, config.hidden[::-1], outputs)
+def _columns(config: ModelConfig, outputs: int, start: Start, beside: int = 0) -> nn.Module:
+    """A net that is shown a table's row, and further parents of width `beside`."""
+    net = _mlp(config, Columns.width(config.kinds) + beside, config.hidden, outputs)
+    return Columns(net, config.kinds, start.mean, start.scale)
+
+
+def _width(start: Start) -> int:
+    """Of y inside the networks."""
+    return 0 if start.target is None else start.target.width
+
+
+def _with_y(net: nn.Module, start: Start) -> nn.Module:
+    """A net from x alone, or from x and y."""
+    return net if start.target is None else start.target.shown(net, at=1)
+
+
+def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None, beside: int = 0) -> MLP:
+    """A net from z, after parents of width `beside`, whose first output biases are `bias`."""
+    net = _mlp(config, config.latents + beside, config.hidden[::-1], outputs)
     if bias is not None:
         with torch.no_grad():
             net.last.bias[: len(bias)].copy_(bias)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from torch import Tensor
 from aevb.conditionals.mixed import log_levels
 from aevb.config import InputError, Kind, ModelConfig
 
-__all__ = ["Rows", "Start", "log", "logits", "start_of"]
+if TYPE_CHECKING:
+    from aevb.build.target import TargetStart
+
+__all__ = ["Rows", "Start", "log", "logits", "moving", "start_of", "step"]
 
 
 class Rows(Protocol):
@@ -44,6 +47,7 @@ class Start:
     resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
     heaps: dict[int, Tensor] = field(default_factory=dict)  # of ordinal columns, log-weights of their levels
     size: tuple[float, float] = (0.0, 1.0)  # mean and spread of the log of a row's sum
+    target: TargetStart | None = None
 
 
 def start_of(config: ModelConfig, x: Tensor | Rows | None) -> Start:
@@ -59,7 +63,7 @@ def start_of(config: ModelConfig, x: Tensor | Rows | None) -> Start:
     values = x.to(torch.float64)
     known = (~values.isnan()).sum(0).clamp(min=1)
     mean = values.nansum(0) / known
-    spread = _moving(((values - mean).square().nansum(0) / known).sqrt(), mean)
+    spread = moving(((values - mean).square().nansum(0) / known).sqrt(), mean)
     if config.likelihood not in ("normal", "student-t"):
         # Pixels that hardly move would be blown up by their own spread: one for all.
         spread = spread.square().mean().sqrt().expand_as(mean)
@@ -126,7 +130,7 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
 
 def _table_start(config: ModelConfig, x: Tensor) -> Start:
     """Column by column: the marginal distribution, as the decoder is to tell it first."""
-    mean, scale, step = (torch.zeros(config.features, dtype=torch.float64) for _ in range(3))
+    mean, scale, steps = (torch.zeros(config.features, dtype=torch.float64) for _ in range(3))
     bias, heaps = [], {}
     for j, text in enumerate(config.kinds):
         kind, values = Kind.parse(text), x[:, j].to(torch.float64)
@@ -135,14 +139,14 @@ def _table_start(config: ModelConfig, x: Tensor) -> Start:
             raise InputError(f"Column {j} of the data has no values at all, and nothing can be learned of it. Drop it.")
         link = {"count": values.log1p(), "positive": values.log()}.get(kind.name, values)
         mean[j] = link.mean()
-        scale[j] = _moving(link.std(correction=0), mean[j])
+        scale[j] = moving(link.std(correction=0), mean[j])
         if kind.name in ("continuous", "positive"):
             if scale[j] == 0:
                 raise InputError(
                     f"Column {j} of the data is constant, and the scale of its {kind.name} likelihood would go to "
                     "zero. Drop it."
                 )
-            step[j] = _step(link)
+            steps[j] = step(link)
         scale[j] = torch.where(scale[j] > 0, scale[j], 1.0)
         bias.append(_first_bias(kind, values))
         if kind.name == "ordinal":
@@ -150,7 +154,7 @@ def _table_start(config: ModelConfig, x: Tensor) -> Start:
     dtype = torch.get_default_dtype()
     return Start(
         mean=mean.to(dtype), scale=scale.to(dtype), rows=None, bias=torch.cat(bias).to(dtype),
-        resolution=step.to(dtype), heaps=heaps,
+        resolution=steps.to(dtype), heaps=heaps,
     )  # fmt: skip
 
 
@@ -181,12 +185,12 @@ def _first_bias(kind: Kind, values: Tensor) -> Tensor:
     return log(values.mean()).reshape(1) if kind.name == "count" else values.new_zeros(1)
 
 
-def _moving(spread: Tensor, mean: Tensor) -> Tensor:
+def moving(spread: Tensor, mean: Tensor) -> Tensor:
     """The spread of a column; 0 where it is what rounding leaves of a constant."""
     return torch.where(spread <= 1e-13 * mean.abs(), 0.0, spread)
 
 
-def _step(values: Tensor) -> Tensor:
+def step(values: Tensor) -> Tensor:
     """Smallest distance of two values; what is below a millionth of their range is rounding, not a distance."""
     gaps = values.sort().values.diff()
     least = 1e-6 * gaps.sum()
