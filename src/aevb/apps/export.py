@@ -77,6 +77,11 @@ def export_run(
     Raises:
         InputError: If `out` exists, ONNX's packages are missing, or no part could be written.
     """
+    if "y" in run.vae.p.nodes:
+        raise InputError(
+            "`aevb export` writes networks from x alone, and this run has a target beside it. Train without --target, "
+            "or use the library."
+        )
     if out.exists():
         raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")
     _check_packages(format)

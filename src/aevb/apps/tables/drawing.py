@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aevb.apps.runs import column_names, data_of, schema_of
+from aevb.apps.runs import column_names, data_of, schema_of, target_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
@@ -34,19 +34,23 @@ def sample_file(
 
     if given and run.vae.context:
         raise InputError("`--given` is not for models whose rows come with a library size. Leave it out.")
-    schema, bounds, lines = schema_of(run), None, []
+    schema, target, bounds, lines = schema_of(run), target_of(run), None, []
     if given:
         told, bounds = _bounds(run, given)
-        found = sample_given(run.vae, rows, {"x": bounds}, samples, seed=seed)
+        nodes = {"x": bounds} if target is None else target.split(bounds)
+        nodes = {node: pair for node, pair in nodes.items() if not bool(pair.isinf().all())}
+        found = sample_given(run.vae, rows, nodes, samples, seed=seed)
         if found.ess < _LEAST_ESS:
             raise InputError(
                 f"`--given`: {found.samples} draws are worth {found.ess:.1f} under these conditions (the effective "
                 f"sample size), and below {_LEAST_ESS} rows repeat a few. Give fewer or wider conditions, or more "
                 "--samples."
             )
-        x = found.values["x"]
+        x = found.values["x"] if target is None else target.join(found.values)
         assert run.vae.config is not None  # a run of the command line's
-        kinds = schema.kinds if schema else [run.vae.config.likelihood] * x.shape[1]
+        kinds: list[str] = list(schema.kinds) if schema else [run.vae.config.likelihood] * x.shape[1]
+        if target is not None and not target.classes:
+            kinds[target.at] = "continuous"
         fixed = [kind for kind, point in zip(kinds, bounds[0] == bounds[1], strict=True) if point]
         kind = "log-density" if {"continuous", "positive", "normal", "student-t"} & set(fixed) else "log p"
         lines.append(
@@ -61,7 +65,8 @@ def sample_file(
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            x = run.vae.p.sample(rows, sizes(run.vae, rows))["x"]
+            drawn = run.vae.p.sample(rows, sizes(run.vae, rows))
+            x = drawn["x"] if target is None else target.join(drawn)
     frame = _written(out, run, x)
     lines.append(f"{rows} rows written to {out}")
     if not run.data.get("image_shape"):
@@ -90,7 +95,7 @@ def _bounds(run: Run, given: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Lowest and highest value of each column, `(2, P)`: as told, and as the model has them before it rounds."""
     import torch
 
-    schema = schema_of(run)
+    schema, target = schema_of(run), target_of(run)
     names = list(schema.names) if schema else column_names(run, run.vae.p.sample(1)["x"])
     told = torch.tensor([[-math.inf], [math.inf]], dtype=torch.float64).repeat(1, len(names))
     margin = torch.zeros(len(names), dtype=torch.float64)
@@ -113,10 +118,11 @@ def _bounds(run: Run, given: Sequence[str]) -> tuple[Tensor, Tensor]:
             raise InputError(
                 f"`--given {text}`: `{name}` holds categories, which have no order. Use = with one of them."
             )
-        if (
-            column is not None
-            and column.model_kind in ("continuous", "positive")
-            and (column.dtype == "Date" or "Int" in column.dtype)
+        apart = target is not None and j == target.at  # Gaussian, whatever its kind
+        if column is not None and (
+            (target is not None and target.whole)
+            if apart
+            else column.model_kind in ("continuous", "positive") and (column.dtype == "Date" or "Int" in column.dtype)
         ):  # written in whole numbers
             margin[j] = 0.5
             number = {">": math.floor(number) + 1.0, "<": math.ceil(number) - 1.0}.get(operator, number)

@@ -5,10 +5,13 @@ What a function needs is imported when it runs, so that `aevb --help` answers be
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aevb.apps.runs import in_parts, rows_of_file, schema_of
+from aevb.apps.runs import in_parts, rows_of_file, schema_of, target_of, values_of
+from aevb.apps.tables.predicting import filled, moments_of_codes, told
 from aevb.config import InputError
 
 if TYPE_CHECKING:
@@ -34,14 +37,19 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     from aevb.bounds import evaluating, prepare
     from aevb.data import write_h5ad, write_rows
 
+    target = target_of(run)
+
     def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
-        posterior = run.vae.posterior(prepare(run.vae, {"x": rows}))
-        return {node: _moments(d) for node, d in posterior.items()}
+        inside = prepare(run.vae, values_of(run, rows))
+        if target is not None:
+            return {"z": moments_of_codes(run, inside, _moments)}
+        return {node: _moments(d) for node, d in run.vae.posterior(inside).items()}
 
     with evaluating(run.vae):
         values = rows_of_file(run, path)
         if isinstance(values, torch.Tensor):  # as a whole: what is wrong is told by its place in the file
-            values = prepare(run.vae, {"x": values})["x"]
+            inside = prepare(run.vae, values_of(run, values))["x"]
+            values = inside if target is None else values.to(inside)
         codes = in_parts(values, look, together=_TOGETHER)
     parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
     rows = len(next(iter(parts.values())))
@@ -85,20 +93,34 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     if not holes:
         _write_imputed(run, path, out, [rows] * max(1, draws), bool(draws))
         return f"no missing entry in {len(rows)} rows"
-    found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
-    sets = list(found.draws["x"]) if draws else [found.mean["x"]]
-    _write_imputed(run, path, out, [torch.where(rows.isnan(), each.to(rows), rows) for each in sets], bool(draws))
+    sure: dict[str, Tensor] = {}
+    if (target := target_of(run)) is not None:
+        gone = rows[:, target.at].isnan()
+        sets, ess = filled(run, rows, target, draws, samples, seed)
+        if not draws and bool(gone.any()):
+            name, figures = told(run, rows, target)
+            sure = {name: torch.where(gone, figures.to(rows), math.nan)}
+    else:
+        found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
+        each = list(found.draws["x"]) if draws else [found.mean["x"]]
+        sets, ess = [torch.where(rows.isnan(), one.to(rows), rows) for one in each], found.ess
+    _write_imputed(run, path, out, sets, bool(draws), sure)
     blank = int(rows.isnan().all(1).sum())
     notes = [f"{holes} missing entries of {len(rows)} rows filled in"]
     notes += [f"each {draws} times, a draw a time"] if draws else ["by their mean, categories by the most probable"]
     notes += [f"rows that hold nothing, filled in from the prior: {blank}"] if blank else []
-    few = int((found.ess[rows.isnan().any(1)] < 20).sum())
+    if target is not None and bool(gone.any()):
+        beside = f", with {', '.join(f'`{name}`' for name in sure)}" if sure else ""
+        notes += [f"`{target.name}` by q(y | x) in {int(gone.sum())} rows{beside}"]
+    few = int((ess[rows.isnan().any(1)] < 20).sum())
     notes += [f"rows whose figures rest on fewer than 20 draws: {few}, give more --samples"] if few else []
     return "; ".join(notes)
 
 
-def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: bool) -> None:
-    """One table, or several one below another, numbered by a first column."""
+def _write_imputed(
+    run: Run, path: str, out: Path, sets: list[Tensor], several: bool, sure: Mapping[str, Tensor] | None = None
+) -> None:
+    """One table, or several one below another, numbered by a first column; `sure` are further columns of one."""
     import numpy as np
     import torch
 
@@ -115,16 +137,20 @@ def _write_imputed(run: Run, path: str, out: Path, sets: list[Tensor], several: 
         else:
             write_rows(out, sets[0], columns)
         return
-    pl, frame = polars(), read_frame(path)
+    target = target_of(run)
+    pl, frame = polars(), read_frame(path, "" if target is None else target.name)
     aside = [c.name for c in schema.columns if c.model_kind is None and c.name in frame.table.columns]
     beside = pl.DataFrame([formed(frame, name, as_text=True) for name in aside])
     given = encode(schema, frame)  # what is observed stays to its last digit
     tables = [decode(schema, np.where(np.isnan(given), widened(each.numpy()), given), beside) for each in sets]
+    for name in ([_SET] if several else []) + list(sure or ()):
+        if name in tables[0].columns:
+            raise InputError(f"`{path}` has a column `{name}`, which is the name of one of the results. Rename it.")
+    for name, figures in (sure or {}).items():
+        assert target is not None
+        column = pl.Series(name, widened(figures.numpy())).fill_nan(None)
+        tables[0].insert_column(tables[0].get_column_index(target.name) + 1, column)
     if several:
-        if _SET in tables[0].columns:
-            raise InputError(
-                f"`{path}` has a column `{_SET}`, the name of the column that numbers imputations. Rename it."
-            )
         tables = [
             table.insert_column(0, pl.Series(_SET, [i + 1]).new_from_index(0, table.height))
             for i, table in enumerate(tables)

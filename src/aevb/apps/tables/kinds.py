@@ -47,14 +47,16 @@ def inspected(path: str, wishes: Sequence[str], schema: Path | None) -> Schema:
     return Columns(columns=tuple(wished.get(column.name, column) for column in told.columns))
 
 
-def kinds_of(data: str, column: Sequence[str], schema: Path | None, likelihood: str, binarize: str) -> Schema | None:
+def kinds_of(
+    data: str, column: Sequence[str], schema: Path | None, likelihood: str, binarize: str, target: str = ""
+) -> Schema | None:
     """What a table's columns hold, where they are not all taken for one kind."""
-    wanted = bool(column) or schema is not None or likelihood == "mixed"
+    wanted = bool(column) or schema is not None or likelihood == "mixed" or bool(target)
     if likelihood not in ("auto", "mixed") or binarize != "none":
         if wanted:
             raise InputError(
-                "`--column` and `--schema` give each column its kind, `--likelihood` and `--binarize` one to all "
-                "entries. Drop one of the two."
+                "`--column`, `--schema` and `--target` are for columns that have a kind each, `--likelihood` and "
+                "`--binarize` give one to all entries. Drop one of the two."
             )
         return None
     return inspected(data, column, schema) if wanted or _is_table(data) else None

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aevb.apps.progress import rows_done
-from aevb.apps.runs import column_names, in_parts, marginal_of, pixels, rows_of_file, schema_of
+from aevb.apps.runs import (
+    column_names,
+    in_parts,
+    marginal_of,
+    pixels,
+    rows_of_file,
+    schema_of,
+    target_of,
+    values_of,
+)  # fmt: skip
 from aevb.apps.tables.kinds import grid, print_table
 
 if TYPE_CHECKING:
@@ -47,8 +56,10 @@ def score_file(
         told.append(partial(print_table, _oddities(run, rows, marginal, found, top)))
     if isinstance(rows, torch.Tensor) and rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
         told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
-    values: Any = {"x": rows} if isinstance(rows, torch.Tensor) else rows
-    summary = summarize(run.vae, values, marginal, seed=seed, split=Path(path).name, data=pixels(run))
+    target = target_of(run)
+    about: dict[str, Any] = {"seed": seed, "split": Path(path).name, "data": pixels(run)}
+    about["target"] = "" if target is None else target.name
+    summary = summarize(run.vae, values_of(run, rows), marginal, **about)
     return summary, told
 
 
@@ -65,11 +76,15 @@ def score_rows(
         check_destination(out, source=path)
     rows, found = rows_of_file(run, path), None
     with rows_done("scoring", len(rows), quiet=quiet) as progress:
-        marginal = marginal_of(run.vae, rows, samples, seed=seed, progress=progress)
+        marginal = marginal_of(run, rows, samples, seed=seed, progress=progress)
     if by_entry:
         with rows_done("scoring columns", len(rows), quiet=quiet) as progress:
             settings: dict[str, Any] = {"seed": seed, "progress": progress}
-            found = in_parts(rows, lambda part: surprisal(run.vae, {"x": part}, samples, **settings), Surprisal)
+            found = in_parts(
+                rows, lambda part: surprisal(run.vae, values_of(run, part), samples, **settings), Surprisal
+            )
+        if found is not None and isinstance(rows, torch.Tensor):
+            found = _with_target(run, rows, marginal, found, seed)
     if out is not None:
         figures = [(name, getattr(marginal, name)) for name in ("log_prob", "std_error", "ess", "pareto_k")]
         if by_column and found is not None:
@@ -80,6 +95,26 @@ def score_rows(
         else:
             write_rows(out, torch.stack([each for _, each in figures], 1), [name for name, _ in figures])
     return rows, marginal, found
+
+
+def _with_target(run: Run, rows: Tensor, marginal: Marginal, found: Surprisal, seed: int) -> Surprisal:
+    """With -log p(y | x) = log p(x) - log p(x, y) in the place of the target's column, if there is a target."""
+    import torch
+
+    from aevb.evaluate import Surprisal
+
+    if (target := target_of(run)) is None:
+        return found
+    known, bare = ~rows[:, target.at].isnan(), rows.clone()
+    bare[:, target.at] = math.nan
+    own = {name: torch.full_like(marginal.log_prob, math.nan) for name in ("nll", "std_error", "ess")}
+    if bool(known.any()):
+        x = marginal_of(run, bare[known], marginal.samples, seed=seed)
+        own["nll"][known] = x.log_prob - marginal.log_prob[known]
+        own["std_error"][known] = torch.hypot(x.std_error, marginal.std_error[known])
+        own["ess"][known] = torch.minimum(x.ess, marginal.ess[known])
+    parts = {name: target.join({"x": getattr(found, name), "y": value.unsqueeze(1)}) for name, value in own.items()}
+    return Surprisal(**parts, samples=found.samples)
 
 
 def _oddities(run: Run, rows: Tensor | SparseRows, marginal: Marginal, found: Surprisal, top: int) -> Table:
