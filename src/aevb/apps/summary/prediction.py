@@ -108,7 +108,8 @@ def _of_numbers(d: td.Distribution, y: Tensor, seen: Tensor, target: Target) -> 
     held = ((at - loc).abs() <= _Z * scale).double()
     missed, spread = (y - mean).square(), (y - y.mean()).square()
     unit = {"Date": " days", "Datetime": " seconds"}.get(target.column.dtype, "")
-    gain = mean_and_error((y - seen.mean()).square() - missed)
+    # As a share of what is missed without x: the difference of two heavy-tailed squares would rarely be told from none.
+    gain = _share_explained(missed, (y - seen.mean()).square())
     facts = [
         ("R2", f"{figure(*_share_explained(missed, spread))}, of the mean of q(y | x)"),
         ("RMSE", f"{figure(*_root(missed))}{unit}"),
@@ -120,9 +121,12 @@ def _of_numbers(d: td.Distribution, y: Tensor, seen: Tensor, target: Target) -> 
         verdict = _NO_ERROR
     elif not told_from_zero(*gain, len(y)):
         verdict = "These rows do not tell the mean of q(y | x) from that of the training rows."
+    elif gain[0] > 0:
+        verdict = (
+            f"The mean of q(y | x) takes a share of {figure(*gain)} off the squared error of that of the training rows."
+        )
     else:
-        closer = "closer to" if gain[0] > 0 else "farther from"
-        verdict = f"The mean of q(y | x) is {closer} the values than that of the training rows, by squared error."
+        verdict = "The mean of q(y | x) is farther from the values than that of the training rows."
     return (
         facts,
         [verdict],
@@ -130,6 +134,7 @@ def _of_numbers(d: td.Distribution, y: Tensor, seen: Tensor, target: Target) -> 
             "r2": _share_explained(missed, spread),
             "rmse": _root(missed),
             "without_x": {"rmse": _root((y - seen.mean()).square())},
+            "gain": gain,
             "coverage": mean_and_error(held),
             "log_loss": mean_and_error(loss),
             "true": y,

@@ -90,16 +90,15 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     holes = int(rows.isnan().sum()) if isinstance(rows, torch.Tensor) and rows.is_floating_point() else 0
     if not isinstance(rows, torch.Tensor) or not (holes or whole):
         raise InputError(f"`{path}` has no missing entry in the model's columns. There is nothing to fill in.")
+    target, sure = target_of(run), {}
+    if target is not None and not draws:  # in files of a folder also where it is known throughout: all have one form
+        name, figures = told(run, rows, target)
+        sure = {name: torch.where(rows[:, target.at].isnan(), figures.to(rows), math.nan)}
     if not holes:
-        _write_imputed(run, path, out, [rows] * max(1, draws), bool(draws))
+        _write_imputed(run, path, out, [rows] * max(1, draws), bool(draws), sure)
         return f"no missing entry in {len(rows)} rows"
-    sure: dict[str, Tensor] = {}
-    if (target := target_of(run)) is not None:
-        gone = rows[:, target.at].isnan()
+    if target is not None:
         sets, ess = filled(run, rows, target, draws, samples, seed)
-        if not draws and bool(gone.any()):
-            name, figures = told(run, rows, target)
-            sure = {name: torch.where(gone, figures.to(rows), math.nan)}
     else:
         found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
         each = list(found.draws["x"]) if draws else [found.mean["x"]]
@@ -109,7 +108,7 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     notes = [f"{holes} missing entries of {len(rows)} rows filled in"]
     notes += [f"each {draws} times, a draw a time"] if draws else ["by their mean, categories by the most probable"]
     notes += [f"rows that hold nothing, filled in from the prior: {blank}"] if blank else []
-    if target is not None and bool(gone.any()):
+    if target is not None and bool((gone := rows[:, target.at].isnan()).any()):
         beside = f", with {', '.join(f'`{name}`' for name in sure)}" if sure else ""
         notes += [f"`{target.name}` by q(y | x) in {int(gone.sum())} rows{beside}"]
     few = int((ess[rows.isnan().any(1)] < 20).sum())
