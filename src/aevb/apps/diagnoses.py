@@ -67,7 +67,7 @@ def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, t
         raise InputError(f"`--also-rows` must be at least 1; got {few}. Give the number of rows for ais and gaps.")
     if temperatures < 1:
         raise InputError(f"`--temperatures` must be at least 1; got {temperatures}. The default is 1000.")
-    if "y" in vae.p.nodes and names:
+    if vae.config is not None and vae.config.target and names:
         raise InputError(
             f"`--also {names[0]}` is for models without a target, whose rows are x alone. Train without --target for "
             "it."

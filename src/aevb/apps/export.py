@@ -77,7 +77,7 @@ def export_run(
     Raises:
         InputError: If `out` exists, ONNX's packages are missing, or no part could be written.
     """
-    if "y" in run.vae.p.nodes:
+    if run.vae.config is not None and run.vae.config.target:
         raise InputError(
             "`aevb export` writes networks from x alone, and this run has a target beside it. Train without --target, "
             "or use the library."
