@@ -44,11 +44,13 @@ from aevb.conditionals import (
     Mixed,
     NegativeBinomial,
     Poisson,
+    Scaled,
     StudentT,
     ZeroInflatedNegativeBinomial,
 )
 from aevb.distributions import (
     CLOSED_KL,
+    LogNormal,
     OneHot,
     check_factorizes,
     closed_kl,
@@ -275,6 +277,12 @@ def chain(module: nn.Module, out: np.ndarray) -> Oracle:
     return Chain(1 / (1 + np.exp(-out[-2])), tuple(1 / (1 + np.exp(-second))))
 
 
+def scaled(module: nn.Module, out: np.ndarray) -> Oracle:
+    loc, scale, floor = (each.numpy() for each in (module.loc, module.scale, module.resolution))
+    mean, sigma = loc + scale * out[:D], floor + scale * softplus(out[D:])
+    return Positive(stats.lognorm(sigma, scale=np.exp(mean))) if module.log else Entries(stats.norm(mean, sigma))
+
+
 def mixed_real(module: nn.Module, out: np.ndarray) -> Oracle:
     """Continuous or positive columns: Gaussian, or Gaussian logarithms."""
     loc, scale, floor = (each.numpy() for each in (module.loc, module.scale, module.resolution))
@@ -406,6 +414,13 @@ CASES = {
         mixed_real,
         bad=(0.0, -1.0),
     ),
+    "Scaled": Case(lambda: Scaled(DiagonalNormal(net(2 * D)), *units(), units()[1] / 9), (3,), scaled),
+    "Scaled, log": Case(
+        lambda: Scaled(DiagonalNormal(net(2 * D)), units()[0] / 9, units()[1] ** 0.25 / 4, log=True),
+        (3,),
+        scaled,
+        bad=(0.0, -1.0),
+    ),
     "AutoregressiveBernoulli": Case(
         lambda: AutoregressiveBernoulli(net(3 + D), D, [3]), (3,), chain, (0, 1), (0.5, -1.0, 2.0)
     ),
@@ -440,7 +455,8 @@ def build(name: str, seed: int = 0) -> Built:
             parameter.add_(0.6 * torch.randn_like(parameter))
     parents = [torch.randn(ROWS, width) for width in case.parents]
     with torch.no_grad():
-        out = module.net(*parents).numpy() if hasattr(module, "net") else np.empty((ROWS, 0))
+        told = getattr(module, "inner", module)
+        out = told.net(*parents).numpy() if hasattr(told, "net") else np.empty((ROWS, 0))
     return Built(module, parents, module(*parents), [case.oracle(module, row) for row in out])
 
 
@@ -730,8 +746,13 @@ def binary(family: type[td.Bernoulli] = distributions.Bernoulli) -> td.Distribut
     return td.Independent(family(logits=torch.randn(ROWS, D)), 1)
 
 
+def log_normal() -> td.Distribution:
+    return td.Independent(LogNormal(torch.randn(ROWS, D), 0.3 + torch.rand(ROWS, D)), 1)
+
+
 FAMILIES: dict[type, Callable[[], td.Distribution]] = {
     td.Normal: factorized_normal,
+    LogNormal: log_normal,
     td.MultivariateNormal: full_normal,
     OneHot: lambda: OneHot(torch.randn(ROWS, D)),
     distributions.Bernoulli: binary,
@@ -744,6 +765,8 @@ def as_torch(d: td.Distribution) -> td.Distribution:
     """What torch has a KL for, whichever pair it is."""
     if isinstance(d, OneHot):
         return td.Categorical(logits=d.logits)
+    if not isinstance(d, td.MultivariateNormal) and isinstance(d.base_dist, LogNormal):
+        d = td.Independent(d.base_dist.log, 1)  # a KL does not change with the units
     if isinstance(d, td.MultivariateNormal) or not isinstance(d.base_dist, td.Normal):
         return d
     return td.MultivariateNormal(d.mean, scale_tril=torch.diag_embed(d.stddev))
@@ -794,7 +817,8 @@ def test_groups_of_the_kl_are_independent_dimensions(pair):
             head_p = td.MultivariateNormal(p.mean[:, :k], torch.diag_embed(p.variance[:, :k]))
             torch.testing.assert_close(groups[:, :k].sum(-1), td.kl_divergence(head_q, head_p), rtol=1e-9, atol=1e-9)
     elif pair[0] is not OneHot:
-        torch.testing.assert_close(groups, td.kl_divergence(q.base_dist, p.base_dist), rtol=ROUNDING, atol=ROUNDING)
+        one, other = (getattr(d.base_dist, "log", d.base_dist) for d in (q, p))
+        torch.testing.assert_close(groups, td.kl_divergence(one, other), rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_no_closed_kl_is_claimed_for_other_families():

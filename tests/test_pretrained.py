@@ -141,6 +141,18 @@ def test_the_cards_lines_run_as_they_stand(
     assert eval(told, names) == names["vae"].config
 
 
+def test_a_target_is_predicted_by_the_cards_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"features": 2, "likelihood": "mixed", "kinds": ("binary", "count"), "target": "categorical:3"}
+    folder = aevb.save_pretrained(_run(**config), tmp_path / "model")
+    code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[0]
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["rows"]["x"].shape == (3, 2)
+    predicted = names["vae"].q.distribution("y", names["rows"]).mean
+    torch.testing.assert_close(predicted.sum(1), torch.ones(3))
+
+
 def test_a_model_that_was_not_judged_says_so_and_gives_no_figure(people: Path, tmp_path: Path) -> None:
     run = aevb.load(people / "run")
     with torch.no_grad():

@@ -96,6 +96,11 @@ class Kind:
         return self.high - self.low + 1 if self.high > self.low else 0
 
     @property
+    def classes(self) -> int:
+        """How many classes a node of this kind has; 0 where its values are numbers."""
+        return self.values if self.name in ("binary", "categorical") else 0
+
+    @property
     def heads(self) -> int:
         """Numbers from a net that tell the distribution of one entry."""
         return self.values if self.name == "categorical" else 2 if self.name in ("ordinal", "count") else 1
@@ -168,6 +173,10 @@ class ModelConfig(_Checked):
     """Family of p(x | z); mixed: one for each column of a table."""
     kinds: tuple[str, ...] = ()
     """Mixed only: what each column holds, as `Kind` writes it."""
+    target: str = ""
+    """Mixed only: what y holds, a column beside x, as `Kind` writes it; the model is then p(y) p(z) p(x | y, z) with
+    q(y | x) q(z | x, y), y a class if it is binary or categorical, else Gaussian (if it is positive, on the log
+    scale)."""
     total_count: int | None = None
     """Binomial and beta-binomial only: the largest count."""
     noise: Noise = "dimension"
@@ -264,6 +273,13 @@ class ModelConfig(_Checked):
             )
         for kind in self.kinds:
             Kind.parse(kind)
+        if self.target:
+            Kind.parse(self.target)
+            if not self.kinds:
+                raise InputError(
+                    f"`target` goes with likelihood mixed only; got {self.target!r} with {self.likelihood}. Drop it, "
+                    "or give the kinds of the other columns."
+                )
         if self.kinds and self.prior == "vamp":
             raise InputError(
                 "`prior` vamp learns inputs that look like data, which codes of categories cannot; with likelihood "

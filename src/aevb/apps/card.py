@@ -82,8 +82,8 @@ def _shareable(run: Run) -> dict[str, Any]:
     told["name"] = re.split(r"[\\/]", str(told["name"]))[-1]
     if "command" in run.data:
         command = run.data["command"]
-        told["command"] = {name: command[name] for name in ("binarize", "seed", "drop_constant", "layer", "schema")
-                           if name in command}  # fmt: skip
+        known = ("binarize", "seed", "drop_constant", "layer", "schema", "target")
+        told["command"] = {name: command[name] for name in known if name in command}
         told["command"]["source"] = told["name"]
         if schema := told["command"].get("schema"):
             # The reason for a kind tells of values: of their number, lowest and highest.
@@ -202,13 +202,20 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
         context = f', {{"library": torch.full((3, 1), {float(net.loc):.2f})}}'
         size = f" of library size exp({float(net.loc):.2f})"
         imports.append("import torch")
+    values = "rows" if config.target else '{"x": x}'
+    rows = f'x = vae.p.sample(3{context})["x"]  # new rows{size}, (3, {config.features}); or your own'
+    if config.target:
+        rows = f"rows = vae.p.sample(3)  # new rows x, (3, {config.features}), and targets y; or your own"
+    told = "log_prob: log p of each row, nats; std_error; pareto_k"
     lines = [
         *imports,
         "",
         'vae = aevb.from_pretrained(".")  # this folder; once it is on the hub, its name there: "owner/name"',
-        f'x = vae.p.sample(3{context})["x"]  # new rows{size}, (3, {config.features}); or your own',
-        'aevb.log_marginal(vae, {"x": x}, samples=1000)  # log_prob: log p of each row, nats; std_error; pareto_k',
-        f'vae.posterior({{"x": x}})["z"].sample()  # codes of rows, (3, {config.latents}), drawn from q(z | x)',
+        rows,
+        f"aevb.log_marginal(vae, {values}, samples=1000)  # {told}",
+        'vae.q.distribution("y", rows).mean  # what q(y | x) expects of the target'
+        if config.target
+        else f'vae.posterior({values})["z"].sample()  # codes of rows, (3, {config.latents}), drawn from q(z | x)',
     ]
     yield _block(lines, "python")
     if data.get("command", {}).get("schema"):

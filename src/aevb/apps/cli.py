@@ -75,8 +75,8 @@ _AUTO = {
     "likelihood": "mixed for a table whose columns have names; else counts with a known limit, zeros and ones, bytes "
     "of an image (discretized-logistic), or real values, as the data are",
     "library": "observed for a sparse matrix, else none",
-    "net": "convolutional for images of 16 pixels a side or more under discretized-logistic, unless --hidden or "
-    "--posterior product is given; else plain",
+    "net": "convolutional for images of bytes, from 16 pixels a side on, without --hidden or --posterior product; "
+    "else plain",
 }
 """What the data decide where a flag does not."""
 
@@ -92,14 +92,12 @@ def _model_flags() -> type:
     hints = get_type_hints(ModelConfig)
     made: list[tuple[str, Any, Any]] = []
     for field in dataclasses.fields(ModelConfig):
-        if field.name in ("features", "kinds", "image"):
+        if field.name in ("features", "kinds", "image", "target"):
             continue
-        kind, default, metavar = hints[field.name], field.default, None
+        kind, default, metavar = hints[field.name], field.default, "INT" if field.name == "total_count" else None
         if field.name in _AUTO:
             kind, default = Literal["auto", *get_args(kind)], "auto"
             told[field.name] += f" auto: {_AUTO[field.name]}."
-        if field.name == "total_count":
-            metavar = "INT"
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
         made.append((field.name, Annotated[kind, about], dataclasses.field(default=default)))
     return dataclasses.make_dataclass("Model", made, frozen=True, kw_only=True)
@@ -145,6 +143,7 @@ def train(
     data: Annotated[str, tyro.conf.Positional] = "",
     out: _Folder = None,
     resume: _Folder = None,
+    target: str = "",
     objective: Literal["elbo", "iwae"] = "elbo",
     binarize: Literal["none", "static", "epoch"] = "none",
     drop_constant: bool = False,
@@ -167,6 +166,7 @@ def train(
             classes, or one of the four MNIST files.
         out: Folder of the new run.
         resume: Folder of a run that was stopped: go on with it as it was begun. Needs neither DATA nor --out.
+        target: Column to predict from the others, known in some rows: y of p(y) p(z) p(x | y, z), q(y | x) q(z | x, y).
         objective: Bound to maximise; iwae uses --samples draws.
         binarize: Draw black or white from grey values: once, or anew each time they are used.
         drop_constant: Leave out columns that hold one value only.
@@ -184,8 +184,8 @@ def train(
     from aevb.apps.tables import kinds_of, set_aside
 
     if resume is not None:
-        told = (data, out, objective, binarize, drop_constant, layer, column, schema, model, training)
-        if told != ("", None, "elbo", "none", False, "", (), None, _ModelFlags(), TrainConfig()):
+        told = (data, out, target, objective, binarize, drop_constant, layer, column, schema, model, training)
+        if told != ("", None, "", "elbo", "none", False, "", (), None, _ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         go_on(resume, devices, nodes, tracker)
         return
@@ -193,12 +193,10 @@ def train(
         raise InputError(
             "`aevb train` needs DATA and --out FOLDER, or --resume FOLDER. Try: aevb train digits --out RUN"
         )
-    kinds = kinds_of(data, column, schema, model.likelihood, binarize)
+    kinds = kinds_of(data, column, schema, model.likelihood, binarize, target)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
-    if layer:
-        source["layer"] = layer
-    if kinds is not None:
-        source["schema"] = kinds.to_json()
+    named = {"layer": layer, "target": target, "schema": None if kinds is None else kinds.to_json()}
+    source |= {name: value for name, value in named.items() if value}
     aside = "" if kinds is None else set_aside(kinds)
     start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, tracker, aside)
 
@@ -451,6 +449,7 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
         image_shape=source.image_shape,
         columns=source.columns,
         maximum=source.total_count,
+        target=source.target,
     )
     print(f"report written to {run / _REPORT}")
 

@@ -67,6 +67,11 @@ def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, t
         raise InputError(f"`--also-rows` must be at least 1; got {few}. Give the number of rows for ais and gaps.")
     if temperatures < 1:
         raise InputError(f"`--temperatures` must be at least 1; got {temperatures}. The default is 1000.")
+    if vae.config is not None and vae.config.target and names:
+        raise InputError(
+            f"`--also {names[0]}` is for models without a target, whose rows are x alone. Train without --target for "
+            "it."
+        )
     if vae.context and (lost := [name for name in names if name in ("ais", "calibration", "checks")]):
         raise InputError(
             f"`{lost[0]}` simulates rows, and the model draws them only where {', '.join(vae.context)} is given. Train "

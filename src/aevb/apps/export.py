@@ -92,6 +92,11 @@ def export_run(
     if license is not None:
         raise InputError(f"`--license` stands in the card of a pretrained model; {format} has none. Leave it out.")
     run = open_run(folder)
+    if run.vae.config is not None and run.vae.config.target:
+        raise InputError(
+            "`aevb export` writes networks from x alone, and this run has a target beside it. Train without --target, "
+            "or use the library."
+        )
     _, rows, _ = test_rows(run, data_of(run, moved))
     if out.exists():
         raise InputError(f"`{out}` exists already, and is not overwritten. Choose another --out.")

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
-    from aevb.data import Data, Schema, SparseRows
+    from aevb.data import Data, Schema, SparseRows, Target
     from aevb.evaluate import Marginal
 
 __all__ = [
     "EVALUATION",
+    "column_names",
     "data_of",
     "diagnose_run",
     "evaluate_run",
@@ -34,15 +35,20 @@ __all__ = [
     "model_config",
     "open_run",
     "pixels",
+    "predicted",
     "rows_for_start",
     "rows_of_file",
     "schema_of",
+    "target_of",
     "test_rows",
+    "values_of",
 ]
 
 _COUNTS = ("poisson", "negative-binomial", "zero-inflated", "binomial", "beta-binomial")
 
 EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
+_PREDICTION = "prediction"
+"""The finding that an evaluation of a run with a target makes by itself."""
 
 
 def evaluate_run(
@@ -56,21 +62,68 @@ def evaluate_run(
 
     split, rows, _ = test_rows(run, data)
     with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
-        marginal = marginal_of(run.vae, rows, samples, seed=seed, compile=compile, progress=progress)
-    summary = summarize(run.vae, _values(rows), marginal, seed=seed, split=split, data=pixels(run))
+        marginal = marginal_of(run, rows, samples, seed=seed, compile=compile, progress=progress)
+    named = "" if data.target is None else data.target.name
+    about: dict[str, Any] = {"seed": seed, "split": split, "data": pixels(run), "target": named}
+    summary = summarize(run.vae, values_of(run, rows), marginal, **about)
     assert run.path is not None
-    summary = replace(summary, findings=_kept_findings(run.path, summary.weights))
+    findings = _prediction(run, data, rows, split) | _kept_findings(run.path, summary.weights)
+    summary = replace(summary, findings=findings)
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
     write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
     summary.save(run.path / EVALUATION)
     return summary, marginal.log_prob
 
 
-def marginal_of(vae: Any, rows: Tensor | SparseRows, samples: int, **settings: Any) -> Marginal:
+def _prediction(run: Run, data: Data, rows: Tensor | SparseRows, split: str) -> dict[str, Finding]:
+    """How well the target is told on rows where it is known, if there is a target and such a row."""
+    from torch import Tensor
+
+    from aevb.apps.summary import of_prediction
+    from aevb.training import split_rows
+
+    if data.target is None or not isinstance(rows, Tensor) or not isinstance(data.train, Tensor):
+        return {}
+    y, seen = rows[:, data.target.at], data.train[split_rows(len(data.train), run.config)[0], data.target.at]
+    known = ~y.isnan()
+    if not bool(known.any()) or bool(seen.isnan().all()):
+        return {}
+    d, chose = predicted(run, rows[known]), split == "validation"
+    return {_PREDICTION: of_prediction(d, y[known], seen[~seen.isnan()], data.target, len(rows), chose=chose)}
+
+
+def predicted(run: Run, rows: Tensor) -> Any:
+    """q(y | x) of rows `(N, P)` of the table of a run with a target."""
+    from aevb.bounds import evaluating, prepare
+
+    with evaluating(run.vae):
+        return run.vae.q.distribution("y", prepare(run.vae, {"x": values_of(run, rows)["x"]}))
+
+
+def target_of(run: Run) -> Target | None:
+    """The column that is y, where the run has one."""
+    from aevb.data import Target
+
+    return Target.told(run.data["command"])
+
+
+def values_of(run: Run, rows: Tensor | SparseRows) -> Any:
+    """The nodes of a run's model in rows of its data."""
+    from torch import Tensor
+
+    if not isinstance(rows, Tensor):
+        return rows
+    target = target_of(run)
+    return {"x": rows} if target is None else target.split(rows)
+
+
+def marginal_of(run: Run, rows: Tensor | SparseRows, samples: int, **settings: Any) -> Marginal:
     """`log_marginal` of rows; sparse ones are made dense a part at a time, which changes no figure."""
     from aevb.evaluate import Marginal, log_marginal
 
-    found: Marginal = in_parts(rows, lambda part: log_marginal(vae, {"x": part}, samples, **settings), Marginal)
+    found: Marginal = in_parts(
+        rows, lambda part: log_marginal(run.vae, values_of(run, part), samples, **settings), Marginal
+    )
     return found
 
 
@@ -103,12 +156,6 @@ def in_parts(
     if kind is None:
         return joined(found)
     return kind(**joined([vars(each) for each in found]))
-
-
-def _values(rows: Tensor | SparseRows) -> Any:
-    from torch import Tensor
-
-    return {"x": rows} if isinstance(rows, Tensor) else rows
 
 
 def _kept_findings(folder: Path, weights: str) -> dict[str, Finding]:
@@ -154,7 +201,8 @@ def diagnose_run(
     )
     for name in names:
         found = summary.findings | {name: DIAGNOSES[name](subject)}
-        summary = replace(summary, findings={each: found[each] for each in DIAGNOSES if each in found})
+        order = (_PREDICTION, *DIAGNOSES)
+        summary = replace(summary, findings={each: found[each] for each in order if each in found})
         summary.save(run.path / EVALUATION)
     return summary
 
@@ -204,6 +252,8 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | 
     training = data.training()
     if isinstance(training, SparseRows):
         return "validation", training.select(held_out), labels
+    if data.target is not None:
+        return "validation", data.train[held_out], labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
         values = training["x"][held_out] if isinstance(training, dict) else training.take(held_out)["x"]
@@ -229,7 +279,7 @@ def load_data(source: dict[str, Any]) -> Data:
 
     name = source["source"]
     if source.get("schema"):
-        return load_table(name, Schema.from_json(source["schema"]))
+        return load_table(name, Schema.from_json(source["schema"]), source.get("target", ""))
     return load(
         name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"],
         layer=source.get("layer", ""),
@@ -257,7 +307,7 @@ def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     from aevb.data import SparseRows, read_rows, table_rows
 
     if schema := schema_of(run):
-        return table_rows(path, schema)
+        return table_rows(path, schema, run.data["command"].get("target", ""))
     told, command = run.data, run.data["command"]
     rows = read_rows(
         path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
@@ -300,7 +350,8 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     if given["likelihood"] == "mixed":
         if not data.kinds:
             raise InputError("`--likelihood mixed` is for tables whose columns have names. Give such a file.")
-        given["kinds"] = data.kinds
+        given["kinds"] = data.kinds if data.target is None else data.target.others(data.kinds)
+        given["target"] = "" if data.target is None else data.target.kind
     if isinstance(data.train, SparseRows):
         if given["likelihood"] in _COUNTS:
             data.train.check_counts(data.name)
@@ -318,7 +369,7 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     if given["library"] == "auto":
         dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
         given["library"] = "observed" if sparse and dispersed else "none"
-    return ModelConfig(features=data.features, **given)
+    return ModelConfig(features=len(given.get("kinds", ())) or data.features, **given)
 
 
 _LEAST_SIDE = 16
@@ -356,11 +407,18 @@ def _likelihood(data: Data) -> Likelihood:
     return "discretized-logistic" if bytes_ or whole else "normal"
 
 
-def rows_for_start(data: Data) -> Tensor | SparseRows:
-    """Train rows whose mean the likelihood starts from; grey values have the mean of the pixels drawn from them."""
+def rows_for_start(data: Data) -> dict[str, Any]:
+    """Train rows that `build_vae` starts from; grey values have the mean of the pixels drawn from them."""
     from aevb.data import SparseRows
 
     if isinstance(data.train, SparseRows):
-        return data.train
+        return {"x": data.train}
+    if data.target is not None:
+        return data.target.split(data.train)
     rows = data.train.float() if not data.train.is_floating_point() else data.train
-    return rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows
+    return {"x": rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows}
+
+
+def column_names(run: Run, rows: Tensor | SparseRows) -> list[str]:
+    """Those of the data, or made up."""
+    return list(run.data.get("columns") or [f"x{j + 1}" for j in range(rows.shape[1])])

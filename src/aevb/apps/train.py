@@ -36,6 +36,10 @@ def start(
 
     if not holds_nothing(out):
         raise InputError(f"`{out}` exists already; a run is never overwritten. Choose another --out.")
+    if source.get("target") and objective != "elbo":
+        raise InputError(
+            f"`--objective {objective}` gives q(y | x) of a target no gradient, since y is summed over. Train by elbo."
+        )
     check_trackers(trackers)
     _check_devices(devices, nodes, config)
     data = load_data(source)
@@ -47,17 +51,44 @@ def start(
         torch.set_default_dtype(torch.float64 if data.train.dtype == torch.float64 else before)
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
-            vae = build_vae(described, rows_for_start(data))
+            vae = build_vae(described, **rows_for_start(data))
     finally:
         torch.set_default_dtype(before)
-    describe = data.describe() | {"command": source, "objective": objective}
+    describe = data.describe() | {"command": source, "objective": objective} | _weight(data)
     if processes.is_writer:
         print(told, end="")
-        chosen = f"likelihood {described.likelihood}" + (", net convolutional" if described.image else "")
-        print(f"{data.name}: {len(data.train)} rows of {data.features}, {chosen}", flush=True)
-    run = _fit(vae, data, config, objective, out, None, trackers, describe, processes)
+        rows = f"{data.name}: {len(data.train)} rows of {described.features}"
+        net = ", net convolutional" if described.image else ""
+        print(f"{rows}{_known(data)}, likelihood {described.likelihood}{net}", flush=True)
+    run = _fit(vae, data, config, out, None, trackers, describe, processes)
     if processes.is_writer:
         _tell_end(run)
+
+
+def _weight(data: Data) -> dict[str, float]:
+    """What a run records of the weight of log q(y | x), where it has a target."""
+    from aevb.bounds import label_weight
+
+    labelled = _labelled(data)
+    return {"label_weight": label_weight(len(data.train), labelled)} if labelled else {}
+
+
+def _labelled(data: Data) -> int:
+    """Rows in which the target is known; 0 where there is no target."""
+    from torch import Tensor
+
+    if data.target is None or not isinstance(data.train, Tensor):
+        return 0
+    return int((~data.train[:, data.target.at].isnan()).sum())
+
+
+def _known(data: Data) -> str:
+    """The target in words."""
+    if data.target is None:
+        return ""
+    kind = data.target.kind if data.target.classes else f"{data.target.column.kind}, Gaussian"
+    kind += " on the log scale" if data.target.kind == "positive" else ""
+    return f" and the target {data.target.name} ({kind}), known in {_labelled(data)}"
 
 
 def _check_devices(devices: int, nodes: int, config: TrainConfig) -> None:
@@ -89,21 +120,27 @@ def go_on(folder: Path, devices: int = 1, nodes: int = 1, trackers: Sequence[str
     processes = launch(devices, nodes, so_far["device"])
     torch.set_num_threads(so_far["threads"])  # another number would round otherwise
     run.vae.to(so_far["device"])
-    objective, step = run.data["objective"], so_far["step"]
-    run = _fit(run.vae, data, run.config, objective, folder, step, trackers, run.data, processes)
+    run = _fit(run.vae, data, run.config, folder, so_far["step"], trackers, run.data, processes)
     if processes.is_writer:
         _tell_end(run)
 
 
 def _fit(
-    vae: Any, data: Data, config: TrainConfig, objective: str, out: Path, at: int | None, trackers: Sequence[str],
+    vae: Any, data: Data, config: TrainConfig, out: Path, at: int | None, trackers: Sequence[str],
     describe: dict[str, Any], processes: Processes,
 ) -> Run:  # fmt: skip
-    """Train, from step `at` of the run in `out` if it is not None; the process that writes shows how far it is."""
+    """Train, from step `at` of the run in `out` if it is not None; the process that writes shows how far it is.
+
+    `describe` is what the run records; the objective is made of it, so that a run goes on as it was begun.
+    """
+    from aevb.bounds import with_classifier
     from aevb.checkpoint import holds_nothing
     from aevb.training import fit
 
     told = f"A checkpoint is in {out}; go on with: aevb train --resume {out}"
+    objective: Any = describe["objective"]
+    if "label_weight" in describe:
+        objective = with_classifier("y", describe["label_weight"])
     shown = steps_done(config.steps, config.batch_size, at or 0, quiet=not processes.is_writer)
     try:
         with shown as bar, tracking(trackers if processes.is_writer else (), out) as track:
@@ -132,6 +169,8 @@ def _tell_end(run: Run) -> None:
     kept = [record for record in run.history if "validation" in record]
     if kept:
         best = max(kept, key=lambda record: record["validation"])
-        print(f"kept the weights of step {best['step']} (validation bound {best['validation']:.2f} nats)")
+        weight = run.data.get("label_weight")
+        what = "bound" if weight is None else f"bound + {weight:.1f} log q(y | x):"
+        print(f"kept the weights of step {best['step']} (validation {what} {best['validation']:.2f} nats)")
     early = ", stopped early," if last["step"] < run.config.steps else ""
     print(f"trained {last['step']} steps{early} in {last['seconds']:.0f} s; saved in {run.path}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run
 from aevb.config import InputError
-from aevb.data import SparseRows
+from aevb.data import SparseRows, Target
 from aevb.evaluate import Comparison
 
 __all__ = ["Contestant", "check_comparable", "to_json", "told"]
@@ -94,7 +94,10 @@ def _densities(run: Run) -> tuple[bool, ...]:
     """Which columns have a density in their units; the others have probabilities."""
     config = run.vae.config
     if config is not None and config.kinds:
-        return tuple(kind in ("continuous", "positive") for kind in config.kinds)
+        found = [kind in ("continuous", "positive") for kind in config.kinds]
+        if target := Target.told(run.data.get("command", {})):  # whose numbers are Gaussian, of whatever kind
+            found.insert(target.at, not target.classes)
+        return tuple(found)
     return (_likelihood(run) in DENSITIES,) * (config.features if config else 1)
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, final, get_args
 
 import torch
 import torch.distributions as td
@@ -22,13 +23,14 @@ from aevb.bayesnet import VAE
 from aevb.bounds.boundary import holes_in, keeping_buffers, prepare
 from aevb.bounds.integrand import Draws, Kl, Terms, draw_latents, terms_at
 from aevb.config import Discrete, Gradient, InputError
-from aevb.distributions import Noise, base_of
+from aevb.distributions import Noise, base_of, support_filler
 
 __all__ = [
     "elbo",
     "estimate",
     "free_bits_kl",
     "iwae",
+    "label_weight",
     "log_mean",
     "log_q",
     "log_weights",
@@ -160,9 +162,11 @@ def log_q(vae: VAE, values: Values, node: str) -> Tensor:
     known = dict(inside)
     for parent in vae.q.parents[node]:
         _find(vae, parent, known, node)
-    value = inside[node]
+    value, d = inside[node], vae.q.distribution(node, known)
     missing = value.isnan()
-    density = vae.q.distribution(node, known).log_prob(torch.where(missing, 0.0, value))
+    # A value of the support, since what is masked afterwards would leave NaN in the gradient.
+    filler = 0.0 if node in vae.p.classes else support_filler(base_of(d))
+    density = d.log_prob(torch.where(missing, filler, value))
     return torch.where(missing.flatten(1).all(-1) if missing.ndim > 1 else missing, 0.0, density)
 
 
@@ -182,10 +186,13 @@ def with_classifier(node: str, weight: float) -> Callable[..., Tensor]:
     r"""The objective ELBO + weight :math:`\log q(y | x)`, the second in labelled rows (Kingma et al., 2014, eq. 9).
 
     The paper's weight is :math:`\alpha = 0.1 N` on the mean over the labelled rows: with :math:`N_l` of N rows labelled
-    it is `weight = 0.1 * N / N_l` here, as this term is summed over the rows like the others.
+    it is `weight = 0.1 * N / N_l` here, as this term is summed over the rows like the others. Tables are trained with
+    `aevb.bounds.label_weight`, a hundred times as much.
+
+    `fit` judges held-out rows by it, too: in the bound of a labelled row q(y | x) plays no part.
 
     Args:
-        node: y, a class node that q infers from observed nodes.
+        node: y, a node that q infers from observed nodes.
         weight: Of the classification term.
 
     Returns:
@@ -195,11 +202,34 @@ def with_classifier(node: str, weight: float) -> Callable[..., Tensor]:
         >>> import aevb
         >>> objective = aevb.with_classifier("y", weight=0.1 * 50_000 / 100)
     """
+    return _WithClassifier(node, weight)
 
-    def objective(vae: VAE, values: Values, *, bound: Tensor, **_: Tensor) -> Tensor:
-        return bound + weight * log_q(vae, values, node)
 
-    return objective
+@final
+@dataclass(frozen=True)
+class _WithClassifier:
+    node: str
+    weight: float
+
+    def __call__(self, vae: VAE, values: Values, *, bound: Tensor, **_: Tensor) -> Tensor:
+        return bound + self.beside(vae, values)
+
+    def beside(self, vae: VAE, values: Values) -> Tensor:
+        """What stands beside the bound, `(N,)` nats, in training as in validation."""
+        return self.weight * log_q(vae, values, self.node)
+
+
+def label_weight(rows: int, labelled: int) -> float:
+    r""":math:`10 N / N_l`, the weight of log q(y | x) that tables are trained with.
+
+    The mean of log q(y | x) over the labelled rows then counts ten times the mean bound of all: a hundred times the
+    paper's weight, at which bounds of thirty columns and more talk q(y | x) into clusters that are not the classes.
+
+    Example:
+        >>> label_weight(rows=500, labelled=50)
+        100.0
+    """
+    return 10.0 * rows / labelled
 
 
 def estimate(

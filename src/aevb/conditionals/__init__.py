@@ -20,6 +20,7 @@ from aevb.conditionals.likelihoods import (
 from aevb.conditionals.mixed import Mixed
 from aevb.conditionals.posteriors import DiagonalNormal, FullNormal, LadderNormal, ProductNormal
 from aevb.conditionals.priors import Categorical, LearnedNormal, MixtureOfNormals, StandardNormal, VampPrior
+from aevb.conditionals.scaled import Scaled
 
 __all__ = [
     "AutoregressiveBernoulli",
@@ -40,6 +41,7 @@ __all__ = [
     "Normal",
     "Poisson",
     "ProductNormal",
+    "Scaled",
     "StandardNormal",
     "StudentT",
     "VampPrior",

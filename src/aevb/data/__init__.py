@@ -14,6 +14,7 @@ from aevb.data.loading import load, load_table, table_rows
 from aevb.data.rows import read_rows
 from aevb.data.schema import Column, Schema
 from aevb.data.sparse import SparseRows
+from aevb.data.target import Target
 from aevb.data.writing import check_destination, write_frame, write_rows
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Data",
     "Schema",
     "SparseRows",
+    "Target",
     "as_images",
     "check_destination",
     "decode",

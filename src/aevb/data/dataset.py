@@ -11,6 +11,7 @@ from torch import Tensor
 from aevb.config import InputError
 from aevb.data.binary import Binarize, Binarized, check_binarize
 from aevb.data.sparse import SparseRows
+from aevb.data.target import Target
 
 __all__ = ["Data"]
 
@@ -61,6 +62,8 @@ class Data:
     """Positions in the source of the P columns, counting from 0; None if none was dropped."""
     kinds: tuple[str, ...] = ()
     """What each column of a table holds, as `aevb.Mixed` takes it; empty where all are of one kind."""
+    target: Target | None = None
+    """The column that is a node `y` of its own, if one is."""
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -82,7 +85,7 @@ class Data:
         return int(self.train.shape[1])
 
     def training(self) -> dict[str, Tensor] | Binarized | SparseRows:
-        """The train rows in the form that `aevb.fit` takes, as the node `x`.
+        """The train rows in the form that `aevb.fit` takes, as the node `x`, beside a target as the node `y`.
 
         Example:
             >>> import torch
@@ -91,6 +94,8 @@ class Data:
         """
         if isinstance(self.train, SparseRows):
             return self.train
+        if self.target is not None:
+            return self.target.split(self.train)
         return Binarized(self.train) if self.binarize == "epoch" else {"x": self.train}
 
     def describe(self) -> dict[str, Any]:
@@ -120,7 +125,7 @@ class Data:
             "constant": list(self.constant),
             "dropped": list(self.dropped),
             "kept": None if self.kept is None else list(self.kept),
-        }
+        } | ({} if self.target is None else {"target": self.target.name})
 
 
 def _missing(x: Tensor | SparseRows) -> int:

@@ -5,7 +5,7 @@ The forms are number, boolean, text, date and datetime. Cells of a CSV file have
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,10 @@ class Frame:
     named: bool = True  # whether the names stand in the table; else they were made up
 
 
-def read_frame(source: Any) -> Frame:
+def read_frame(source: Any, may_lack: str = "") -> Frame:
     """A table from a CSV, Parquet or Arrow file, or from a frame of polars, pyarrow or pandas.
+
+    If it is without the column `may_lack`, it gets one without any value.
 
     Raises:
         InputError: If it cannot be read, has no rows or columns, or names are missing or doubled.
@@ -64,6 +66,8 @@ def read_frame(source: Any) -> Frame:
             "needed. Write it again."
         )
     check_names(frame.table.columns, frame.where)
+    if may_lack and may_lack not in frame.table.columns:
+        return replace(frame, table=frame.table.with_columns(pl.lit(None, dtype=pl.String).alias(may_lack)))
     return frame
 
 

@@ -19,6 +19,7 @@ from aevb.data.rows import Rows, column_name, grey_of, rows_from
 from aevb.data.schema import Schema
 from aevb.data.sources import open_source
 from aevb.data.sparse import SparseRows
+from aevb.data.target import Target
 
 __all__ = ["load", "load_table", "table_rows"]
 
@@ -108,15 +109,16 @@ def load(
     return _mark_constant(data, train.where, drop_constant)
 
 
-def load_table(source: Any, schema: Schema) -> Data:
+def load_table(source: Any, schema: Schema, target: str = "") -> Data:
     """Reads the columns of a table that a model is made of, as numbers.
 
     Args:
         source: A CSV, Parquet or Arrow file, or a frame of polars, pyarrow or pandas.
         schema: What the columns hold, as `find_schema` tells.
+        target: The column that is to be a node of its own; none if empty.
 
     Returns:
-        The data set, with the `kinds` of its columns.
+        The data set, with the `kinds` of its columns and its target.
 
     Raises:
         InputError: If the table does not fit the schema, has fewer than two rows, or a modelled column has no value in
@@ -136,6 +138,9 @@ def load_table(source: Any, schema: Schema) -> Data:
         kinds = ", ".join(f"`{column.name}` {column.kind}" for column in schema.columns[:10])
         raise InputError(f"{frame.where} has no column to model ({kinds}). Give other columns, or other kinds.")
     train = table_rows(frame, schema)
+    apart = Target.of(target, schema, frame.where) if target else None
+    if apart is not None:
+        apart.check(train, frame.where)
     if bool((empty := train.isnan().all(0)).any()):
         name = schema.names[int(empty.nonzero()[0])]
         raise InputError(
@@ -150,16 +155,18 @@ def load_table(source: Any, schema: Schema) -> Data:
                 f"go to zero. Drop it: --column {column.name}=drop."
             )
     name = Path(source).name if isinstance(source, str | Path) else "table"
-    return Data(name=name, train=train, columns=schema.names, kinds=schema.kinds)
+    return Data(name=name, train=train, columns=schema.names, kinds=schema.kinds, target=apart)
 
 
-def table_rows(source: Any, schema: Schema) -> Tensor:
+def table_rows(source: Any, schema: Schema, may_lack: str = "") -> Tensor:
     """Rows of a table in the columns of a model, `(N, P)`, NaN for missing; arguments as for `load_table`.
+
+    The table may be without the column `may_lack`, which is then missing in all rows.
 
     Raises:
         InputError: If the table does not fit the schema.
     """
-    frame = source if isinstance(source, Frame) else read_frame(source)
+    frame = source if isinstance(source, Frame) else read_frame(source, may_lack)
     rows = rows_from(Part(where=frame.where, values=encode(schema, frame), columns=schema.names, named=True)).x
     assert isinstance(rows, Tensor)
     return rows

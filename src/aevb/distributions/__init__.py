@@ -1,7 +1,14 @@
 """What torch.distributions lacks: drawing with the density, keyed noise, densities with holes, closed-form KLs."""
 
 from aevb.distributions.between import between
-from aevb.distributions.density import base_of, check_factorizes, entries_log_prob, log_prob, support_violation
+from aevb.distributions.density import (
+    base_of,
+    check_factorizes,
+    entries_log_prob,
+    log_prob,
+    support_filler,
+    support_violation,
+)
 from aevb.distributions.drawing import Given, Noise, draw, normals, reparameterize, rsample_and_log_prob
 from aevb.distributions.families import (
     Bernoulli,
@@ -50,5 +57,6 @@ __all__ = [
     "reparameterize",
     "rsample_and_log_prob",
     "states",
+    "support_filler",
     "support_violation",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aevb.config import InputError
 from aevb.distributions.density import base_of
+from aevb.distributions.mixed import LogNormal
 
 __all__ = ["Given", "Noise", "draw", "normals", "reparameterize", "rsample_and_log_prob"]
 
@@ -97,6 +98,12 @@ def reparameterize(
         if not dims:
             return loc + scale * eps, lambda: -0.5 * (eps.square() + _LOG_2PI) - scale.log()
         return loc + scale * eps, lambda: (-0.5 * (eps.square() + _LOG_2PI) - scale.log()).sum(dims)
+    if isinstance(base, LogNormal):
+        log_z, log_density = reparameterize(
+            td.Independent(base.log, len(d.event_shape), validate_args=False), shape, noise
+        )
+        dims = tuple(range(-len(d.event_shape), 0))
+        return base.bounded(log_z.exp()), lambda: log_density() - (log_z.sum(dims) if dims else log_z)
     if type(d) is td.MultivariateNormal:
         tril = d.scale_tril
         eps = normals(shape, d.event_shape, d.loc, noise)

@@ -12,13 +12,25 @@ from torch import Tensor
 from aevb.distributions.density import base_of
 from aevb.distributions.families import Bernoulli
 from aevb.distributions.finite import OneHot
+from aevb.distributions.mixed import LogNormal
 
 __all__ = ["CLOSED_KL", "closed_kl"]
 
 
 def _kl_normal_normal(q: td.Distribution, p: td.Distribution) -> Tensor:
     """Elementwise, as in Kingma and Welling (2014), appendix B, with p's location and scale."""
+    return _kl_of_normals(base_of(q), base_of(p))
+
+
+def _kl_log_normal(q: td.Distribution, p: td.Distribution) -> Tensor:
+    """That of the logarithms: a KL does not change with the units."""
     a, b = base_of(q), base_of(p)
+    assert isinstance(a, LogNormal)
+    assert isinstance(b, LogNormal)
+    return _kl_of_normals(a.log, b.log)
+
+
+def _kl_of_normals(a: td.Distribution, b: td.Distribution) -> Tensor:
     assert isinstance(a, td.Normal)
     assert isinstance(b, td.Normal)
     ratio = a.scale / b.scale
@@ -59,6 +71,7 @@ def _kl_bernoulli(q: td.Distribution, p: td.Distribution) -> Tensor:
 
 CLOSED_KL: dict[tuple[type, type], Callable[[td.Distribution, td.Distribution], Tensor]] = {
     (td.Normal, td.Normal): _kl_normal_normal,
+    (LogNormal, LogNormal): _kl_log_normal,
     (td.MultivariateNormal, td.Normal): _kl_full_normal,
     (OneHot, OneHot): _kl_one_hot,
     (Bernoulli, Bernoulli): _kl_bernoulli,

@@ -70,8 +70,8 @@ class Columns(nn.Module):
         """Width of the result, where `net` knows it."""
         return getattr(self.net, "outputs", None)
 
-    def forward(self, parent: Tensor) -> Tensor:
-        """Parent `(*, P)`, NaN for missing, to what `net` returns."""
+    def forward(self, parent: Tensor, *others: Tensor) -> Tensor:
+        """Parent `(*, P)`, NaN for missing, and others, handed on as they are, to what `net` returns."""
         if parent.shape[-1] != len(self.kinds):
             raise InputError(
                 f"The net's parent must end in {len(self.kinds)} columns; got shape {tuple(parent.shape)}. "
@@ -85,7 +85,7 @@ class Columns(nn.Module):
         numbers = ((linked - self.loc) / self.scale).masked_fill(~known, 0.0)
         spread, codes = (each.index_select(-1, self._source) for each in (numbers, parent))  # type: ignore[arg-type]
         shown = torch.where(self._single, spread, codes.eq(self._code).to(parent.dtype))  # type: ignore[arg-type]
-        result: Tensor = self.net(torch.cat([shown, known.to(parent.dtype)], -1))
+        result: Tensor = self.net(torch.cat([shown, known.to(parent.dtype)], -1), *others)
         return result
 
 
@@ -227,13 +227,15 @@ class LogTotal(nn.Module):
 
 @final
 class Standardize(nn.Module):
-    """Hands `net` its one parent centred and scaled, `net((x - loc) / scale)`; NaN stays NaN.
+    """Hands `net` one of its parents centred and scaled, `(x - loc) / scale`, the others as they are; NaN stays NaN.
 
     Args:
         net: Takes `(*, D)`.
         loc: Centre of the data, `(D,)`.
         scale: Spread of the data, `(D,)`, above 0.
         log1p: Let log(1 + x) stand for x: counts span orders of magnitude.
+        log: Let log x stand for x, which is above 0.
+        at: Which parent it is, counting from 0.
 
     Example:
         >>> import torch
@@ -244,9 +246,11 @@ class Standardize(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module, loc: Tensor, scale: Tensor, *, log1p: bool = False) -> None:
+    def __init__(
+        self, net: nn.Module, loc: Tensor, scale: Tensor, *, log1p: bool = False, log: bool = False, at: int = 0
+    ) -> None:
         super().__init__()
-        self.net, self.log1p = net, log1p
+        self.net, self.log1p, self.log, self.at = net, log1p, log, at
         self.register_buffer("loc", loc.clone())
         self.register_buffer("scale", scale.clone())
 
@@ -255,15 +259,17 @@ class Standardize(nn.Module):
         """Width of the result, where `net` knows it."""
         return getattr(self.net, "outputs", None)
 
-    def forward(self, parent: Tensor) -> Tensor:
-        """Parent `(*, D)` to what `net` returns."""
+    def forward(self, *parents: Tensor) -> Tensor:
+        """Parents `(*, D_i)` to what `net` returns."""
+        parent = parents[self.at]
         if parent.shape[-1] != self.loc.shape[0]:
             raise InputError(
                 f"The net's parent must end in {self.loc.shape[0]} entries; got shape {tuple(parent.shape)}. "
                 "Flatten images with `x.flatten(1)`, or build the model for these columns."
             )
-        shown = parent.log1p() if self.log1p else parent
-        result: Tensor = self.net((shown - self.loc) / self.scale)
+        shown = parent.log1p() if self.log1p else parent.log() if self.log else parent
+        scaled = (shown - self.loc) / self.scale
+        result: Tensor = self.net(*parents[: self.at], scaled, *parents[self.at + 1 :])
         return result
 
 

@@ -60,8 +60,8 @@ def fit(
     r"""Maximise a bound on :math:`\sum_n \log p(x_n)` by stochastic gradient ascent (AEVB, the notes' Algorithm 1).
 
     The loss of a step is minus the mean bound of its rows, an unbiased estimate of 1/N of the data set's. Rows held out
-    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO, or
-    by the importance-weighted bound, with as many draws, where that is the objective.
+    by `config.validation` choose the weights that are kept: the best of the averaged ones, by their ELBO (the term of
+    `with_classifier` with it), or by the importance-weighted bound, with as many draws, where that is the objective.
 
     Started by torchrun or srun on several processes, each calls this alike, begins with the first one's weights, and is
     left with the same run; the first writes. Together they take the `config.shards` parts of every batch.
@@ -162,8 +162,8 @@ class _Trainer:
             self.processes.share_([*module.parameters(), *module.buffers()])
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
         name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
-        self.told = str(name)
-        width = sum(value[0].numel() for value in self.batch(0).values())
+        self.told, first = str(name), self.batch(0)
+        self.given, width = frozenset(first), sum(value[0].numel() for value in first.values())
         self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count, self.processes)
         self.inner.measure(self.batch(0))
@@ -196,9 +196,8 @@ class _Trainer:
 
     def _seed(self, purpose: str, number: int) -> None:
         number = key(self.config.seed, purpose, number)
-        torch.default_generator.manual_seed(
-            number
-        )  # torch.manual_seed, which asks every backend, takes 90 times as long
+        # torch.manual_seed, which asks every backend, takes 90 times as long.
+        torch.default_generator.manual_seed(number)
         if self.reference.device.type == "cuda":
             torch.cuda.manual_seed(number)
 
@@ -234,9 +233,8 @@ class _Trainer:
                 before = int(meter.dropped) if self.reference.device.type == "cpu" else 0
                 for part in self.parts:
                     take_step(self.batch(self.step, part), rate, weight)
-                together = (
-                    None if self.inner.total is None else self.inner.take_total(rate, interrupt.asked is not None)
-                )
+                asked = interrupt.asked is not None
+                together = None if self.inner.total is None else self.inner.take_total(rate, asked)
                 meter.steps += 1
                 if look:
                     fresh = int(meter.dropped) - before
@@ -262,8 +260,9 @@ class _Trainer:
                 "epoch": self.step * self.order.batch_size / self.order.count,
             }
             record |= self.inner.meter.read()
-            # A node with one value for the data set is no code of a datum.
-            record["dead"] = dead_dimensions({n: k for n, k in record["kl_dims"].items() if n not in self.vae.shared})
+            # A node with one value for the data set, or that some rows observe, is no code of a datum.
+            kept = {*self.vae.shared, *self.given}
+            record["dead"] = dead_dimensions({n: k for n, k in record["kl_dims"].items() if n not in kept})
             record |= {"learning_rate": rate, "kl_weight": weight, "seconds": self.seconds}
             if self.processes.is_writer:
                 self._watch(record, last or self.finished)
@@ -319,9 +318,11 @@ class _Trainer:
     def _validate(self) -> float:
         """Bound of the held-out rows under the averaged weights, with the same draws each time; keeps the best.
 
-        Of a q trained by iwae the ELBO may fall while its own bound rises: it would keep the first weights.
+        Of a q trained by iwae the ELBO may fall while its own bound rises: it would keep the first weights. In the
+        bound of a labelled row q(y | x) plays no part, so that what an objective has beside it is judged, too.
         """
         weighted = self.inner.objective == "iwae"
+        beside = getattr(self.inner.objective, "beside", None)
         draws = self.config.samples if weighted else 1
         rows, size = len(self.held_out), self.processes.size
         chunks = self.held_out.split(max(1, min(self.chunk // draws, math.ceil(rows / self.config.shards))))
@@ -342,7 +343,7 @@ class _Trainer:
                     per_row = found.log_weights().expand(shape).logsumexp(0) - math.log(draws)
                 else:
                     per_row = found.weighted().expand(shape)
-                totals[number] = float(per_row.sum())
+                totals[number] = float((per_row if beside is None else per_row + beside(self.vae, values)).sum())
             # Each chunk comes from one process and is added to zeros, so that the sum has the same bits for any number.
             bound = float(sum(self.processes.sum_(totals).tolist()) / rows)
             if bound > self.best_bound:

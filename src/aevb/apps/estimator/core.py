@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from aevb.apps.estimator.columns import Columns, Floats, refuse_infinite
 from aevb.bayesnet import VAE, BayesNet
-from aevb.bounds import with_classifier
-from aevb.build import build_vae
+from aevb.bounds import label_weight, with_classifier
+from aevb.build import build_vae, semi_supervised
 from aevb.conditionals import Categorical, DiagonalNormal, Normal, ProductNormal, StandardNormal, StudentT
 from aevb.config import InputError, Likelihood, ModelConfig, Noise, TrainConfig
 from aevb.nets import MLP, Evidence, Holes, Standardize
@@ -43,10 +43,6 @@ _BATCH = 100
 
 _DRAWS = 10
 """Draws of z behind the importance-weighted bound of rows with holes (Mattei and Frellsen, 2019, take 20)."""
-
-_LABELS = 10.0
-"""Weight of the mean log q(y | x) of the labelled rows beside the mean bound of all: a hundred times the paper's, at
-whose weight bounds of thirty columns and more talk q(y | x) into clusters that are not the classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +166,9 @@ def build(form: Form, loc: Tensor, scale: Tensor, floor: Tensor) -> VAE:
     number = form.target < 0
     judge = Shown(MLP(2 * features, hidden, 2 if number else width), loc, scale)
     y = StandardNormal(1) if number else Categorical(width, learned=True)
-    return VAE(
-        BayesNet({"y": y, "z": StandardNormal(latents), "x | y, z": likelihood}),
-        BayesNet({
-            "y | x": DiagonalNormal(judge) if number else Categorical(width, judge),
-            "z | x, y": DiagonalNormal(encoder),
-        }),
+    return semi_supervised(
+        y=y, z=StandardNormal(latents), x=likelihood, encoder=DiagonalNormal(encoder),
+        judge=DiagonalNormal(judge) if number else Categorical(width, judge),
     ).double()  # fmt: skip
 
 
@@ -274,7 +267,7 @@ class Fitted(BaseEstimator):
         labels = 0.0
         if y is not None:
             known = y >= 0 if target > 0 else ~y.isnan()
-            labels = _LABELS * len(x) / int(known.sum())
+            labels = label_weight(len(x), int(known.sum()))
         with ONE_AT_A_TIME:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)

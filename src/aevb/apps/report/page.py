@@ -20,7 +20,7 @@ from aevb.apps.report.seen import SAMPLES, TABLE_DRAWS, look
 from aevb.apps.summary import ACTIVE_ABOVE, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run, write_atomically
 from aevb.config import InputError
-from aevb.data import SparseRows
+from aevb.data import SparseRows, Target
 
 __all__ = ["write_report"]
 
@@ -28,7 +28,7 @@ __all__ = ["write_report"]
 def write_report(
     run: Run, summary: Summary, path: Path, *, test: Tensor | SparseRows, labels: Tensor | None = None,
     image_shape: tuple[int, ...] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
-    seed: int = 0,
+    target: Target | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Write the report of a run to one HTML file, whole or not at all.
 
@@ -43,6 +43,7 @@ def write_report(
         columns: Names of the P columns.
         maximum: Largest pixel value; if None 255 for bytes, else that of the largest test pixel. It is shown as full
             ink, in images of bytes and of colours as full light.
+        target: The column that is a node of its own; the others are drawn, and its classes colour the latent space.
         seed: Key of the samples; torch's own generator is not moved.
 
     Raises:
@@ -70,7 +71,14 @@ def write_report(
             f"A report needs {error.name}, which is not installed. Install it: pip install 'aevb[apps]'."
         ) from None
     _check(test, labels, image_shape, columns)
-    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed)
+    beside: dict[str, Tensor] = {}
+    if target is not None:
+        assert isinstance(test, Tensor)  # a table
+        values = target.split(test)
+        test, beside = values["x"], {"y": values["y"]}
+        columns = None if columns is None else target.others(tuple(columns))
+        labels = values["y"].nan_to_num(-1.0) if target.classes else labels
+    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, beside)
     with style.context(["default", STYLE]):
         shown = pictures.curves(run) | pictures.rise(summary) | pictures.usage(summary, seen)
         shown |= pictures.latent_map(seen) | {"diagnoses": findings.drawn(summary)}

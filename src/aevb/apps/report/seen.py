@@ -38,16 +38,23 @@ class Seen:
     sample_means: Array  # (M, P) mean of p(x | z) at the z of those draws
 
 
-def look(vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int, seed: int) -> Seen:
-    """Encode, reconstruct and sample."""
+def look(
+    vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int, seed: int,
+    beside: Mapping[str, Tensor] | None = None,
+) -> Seen:  # fmt: skip
+    """Encode, reconstruct and sample; `beside` are further nodes of the rows, which are not drawn."""
     most = max(TILES, _ENTRIES // test[:1].numel())
     kept, draws = evenly(len(test), min(_POINTS, most)), min(draws, most)
     with torch.random.fork_rng(), evaluating(vae):
         torch.manual_seed(seed)
-        x = prepare(vae, {"x": test[kept if isinstance(test, SparseRows) else kept.to(test.device)]})["x"]
-        means = {node: d.mean for node, d in vae.posterior({"x": x}).items()}
-        node = next(iter(means), None)
-        found, drawn = terms(vae, {"x": x}), vae.p.sample(draws, sizes(vae, draws))
+        rows = {"x": test[kept if isinstance(test, SparseRows) else kept.to(test.device)]}
+        values = prepare(vae, rows | {name: value[kept] for name, value in (beside or {}).items()})
+        x, means = values["x"], {node: d.mean for node, d in vae.posterior(values).items()}
+        node = next((each for each in means if each not in values), None)
+        known = dict(values)
+        for each, mean in means.items():  # as it is where it is known, else at its mean
+            known[each] = torch.where(known[each].isnan(), mean, known[each]) if each in known else mean
+        found, drawn = terms(vae, values), vae.p.sample(draws, sizes(vae, draws))
         return Seen(
             x=_array(x),
             total=len(test),
@@ -55,11 +62,9 @@ def look(vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int,
             node=node,
             codes=_array(means[node]) if node else np.zeros((len(x), 0)),
             kl=_array(found.node_kl(node).flatten(0, -2).mean(0))[:, 0] if node else np.zeros(0),
-            reconstruction=_mean_of_x(
-                vae.p, {"x": x, **means, **vae.computed({"x": x, **means}, tuple(means))}, len(x)
-            ),
+            reconstruction=_mean_of_x(vae.p, {**known, **vae.computed(known, tuple(means))}, len(x)),
             samples=_array(drawn["x"]),
-            sample_means=_mean_of_x(vae.p, drawn, draws),
+            sample_means=_mean_of_x(vae.p, vae.p.to_states(drawn), draws),
         )
 
 

@@ -2,6 +2,7 @@
 
 from aevb.apps.summary.finding import Finding
 from aevb.apps.summary.findings import of_annealing, of_calibration, of_checks, of_gaps, of_information
+from aevb.apps.summary.prediction import of_prediction
 from aevb.apps.summary.record import ACTIVE_ABOVE, DENSITIES, UNTRUSTED_ABOVE, Summary, sizes, summarize, weights_of
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "of_checks",
     "of_gaps",
     "of_information",
+    "of_prediction",
     "sizes",
     "summarize",
     "weights_of",

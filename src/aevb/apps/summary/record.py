@@ -61,6 +61,7 @@ class Summary:
     weights: str = ""  # fingerprint of the weights that were evaluated
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
     given: tuple[str, ...] = ()  # what p takes as given that is computed of x itself
+    target: str = ""  # the column that is y, where the model has one
     findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
 
     @property
@@ -86,7 +87,9 @@ class Summary:
 
     @property
     def quantity(self) -> str:
-        """What is estimated: p(x), or p(x | library)."""
+        """What is estimated: p(x), p(x | library), or p(x, y)."""
+        if self.target:
+            return "p(x, y)"
         return f"p(x | {', '.join(self.given)})" if self.given else "p(x)"
 
     def facts(self) -> list[tuple[str, str]]:
@@ -98,6 +101,7 @@ class Summary:
             ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
             *([("likelihood", f"{self.likelihood}: {self.quantity} is a {kind}")] if self.likelihood else []),
             *([("given", _GIVEN.format(", ".join(self.given)))] if self.given else []),
+            *([("target", f"{self.target} is y; where it is missing, log p(x) counts")] if self.target else []),
             ("importance samples", f"{self.samples} a row, seed {self.seed}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
             (f"gap log {self.quantity} - ELBO", f"{self.gap:.2f} nats"),
@@ -166,8 +170,9 @@ class Summary:
 
 
 def summarize(
-    vae: VAE, values: Values | SparseRows, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = ""
-) -> Summary:
+    vae: VAE, values: Values | SparseRows, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = "",
+    target: str = "",
+) -> Summary:  # fmt: skip
     """Put `marginal`, the estimates of `values` under `vae`, into figures for all rows; finds the active dimensions."""
     rows = marginal.log_prob.shape[0]
     if bool((lost := marginal.log_prob.isinf()).any()):
@@ -183,6 +188,7 @@ def summarize(
     else:
         units, features = active_units(vae, values), sum(value[0].numel() for value in values.values())
         known = sum(int((~value.isnan()).sum()) for value in values.values())
+        units = {node: spread for node, spread in units.items() if node not in values}  # a target is no code
     spread = {node: variance.flatten().tolist() for node, variance in units.items()}
     return Summary(
         split=split,
@@ -203,6 +209,7 @@ def summarize(
         weights=weights_of(vae),
         likelihood=vae.config.likelihood if vae.config else "",
         given=vae.context,
+        target=target,
     )
 
 
@@ -237,7 +244,8 @@ def _error_of_mean(values: Values | SparseRows, std_error: Tensor) -> float:
         known = {digest: i for i, digest in enumerate(dict.fromkeys(digests))}
         group = torch.tensor([known[digest] for digest in digests])
     else:
-        content = torch.cat([value.flatten(1).double().nan_to_num(math.pi) for value in values.values()], 1)
+        flat = [value.reshape(len(value), -1).double().nan_to_num(math.pi) for value in values.values()]
+        content = torch.cat(flat, 1)
         group = content.unique(dim=0, return_inverse=True)[1]
     sums = torch.zeros(int(group.max()) + 1, dtype=std_error.dtype).index_add(0, group, std_error)
     return float(sums.square().sum().sqrt()) / len(std_error)
