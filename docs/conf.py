@@ -35,7 +35,7 @@ autodoc_preserve_defaults = True
 nitpick_ignore_regex = [
     (
         "py:.*",
-        r"(torch|nn|numpy|np|pl|collections|pathlib)\..*|Tensor|NDArray.*|ndarray.*|Any|Path|Callable|optional|(dict|tuple)\[.*|aevb\..*\._\w+",
+        r"(torch|nn|numpy|np|pl|collections|pathlib)\..*|Tensor|NDArray.*|ndarray.*|Any|Path|Callable|optional|(dict|tuple)\[.*|aevb\..*\._\w+|aevb\.build\.start\.Rows",
     )
 ]
 
