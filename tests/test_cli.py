@@ -339,6 +339,16 @@ def _config(data: Data, **flags: object) -> ModelConfig:
     return model_config(dataclasses.asdict(_model_flags()()) | flags, data)
 
 
+def test_bytes_are_no_floats(tmp_path) -> None:
+    """White is 1 to a model of floats: images of bytes would be scored 255 times too large."""
+    grey = np.random.default_rng(0).random((60, 4, 4))
+    np.save(tmp_path / "floats.npy", grey)
+    np.save(tmp_path / "bytes.npy", (255 * grey).astype(np.uint8))
+    succeed("train", tmp_path / "floats.npy", "--out", tmp_path / "run", *FAST)
+    message = refuse("score", tmp_path / "run", tmp_path / "bytes.npy", "--out", tmp_path / "scores.csv")
+    assert "has images of bytes, 0 to 255; the model was trained on floats" in message
+
+
 def test_what_is_taken_for_images_of_bytes() -> None:
     """Nothing changes for counts with a limit, zeros and ones, and what is not bytes."""
     digits, grey = load_data("digits"), torch.randint(0, 256, (9, 16 * 18), dtype=torch.uint8)

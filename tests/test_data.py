@@ -338,6 +338,10 @@ IMAGES_REFUSED = {
         lambda f: (picture(f, "a.png", GREY[0]), picture(f, "cats/b.png", GREY[1])),
         r"both by themselves \(`a\.png`\) and in sub-folders \(`.*cats/b\.png`\).*Put all into sub-folders, or none",
     ),
+    "beside its parts": (
+        lambda f: [picture(f, name, GREY[0]) for name in ("train/a.png", "test/b.png", "c.png")],
+        r"has `c\.png` beside its parts train and test\. Move it into one of the two",
+    ),
     "sizes": (
         lambda f: (picture(f, "a.png", GREY[0]), picture(f, "b.png", GREY[1, :4])),
         r"`.*b\.png` is 6 pixels wide and 4 high, `.*a\.png` 6 and 5; all images must have one size\. Crop or resize",

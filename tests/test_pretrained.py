@@ -148,7 +148,9 @@ def test_a_target_is_predicted_by_the_cards_lines(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(folder)
     names: dict[str, Any] = {}
     exec(code, names)
-    assert names["rows"]["x"].shape == (3, 2)
+    assert {name: value.shape for name, value in names["rows"].items()} == {"x": (3, 2), "y": (3,)}
+    marginal = aevb.log_marginal(names["vae"], names["rows"], samples=50)
+    assert bool((marginal.std_error > 0).all())  # z is summed over, not observed
     predicted = names["vae"].q.distribution("y", names["rows"]).mean
     torch.testing.assert_close(predicted.sum(1), torch.ones(3))
 

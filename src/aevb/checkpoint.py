@@ -318,7 +318,10 @@ def unpacked(told: Mapping[str, Any], content: bytes, origin: str, vae: VAE | No
             )
         kinds = [value.dtype for value in weights.values() if value.dtype.is_floating_point]
         vae = build_vae(ModelConfig.from_json(told["model"])).to(kinds[0] if kinds else torch.get_default_dtype())
-        whose, cure = "The configuration", "Restore its files from one copy."
+        whose, cure = (
+            "The configuration",
+            "It was written by another version of aevb: load it with that one, or train anew.",
+        )
     factors = _factors(vae)
     if factors != {"shared": []} | told["factors"]:
         raise InputError(f"{whose} has the factors {factors}, {origin} {told['factors']}. {cure}")

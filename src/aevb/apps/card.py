@@ -14,7 +14,7 @@ from aevb.apps.runs import EVALUATION
 from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary, weights_of
 from aevb.bayesnet import VAE
 from aevb.checkpoint import Run, load
-from aevb.config import InputError, ModelConfig, TrainConfig
+from aevb.config import InputError, Kind, ModelConfig, TrainConfig
 from aevb.data import Column, Schema, described
 from aevb.nets import LogTotal
 from aevb.pretrained import write_pretrained
@@ -78,7 +78,7 @@ def _shareable(run: Run) -> dict[str, Any]:
     if not set(_TOLD) <= set(run.data):  # not by `Data.describe`: words of the user's own, which may hold anything
         return {}
     told = {name: run.data[name] for name in _TOLD}
-    told |= {"objective": run.data["objective"]} if "objective" in run.data else {}
+    told |= {name: run.data[name] for name in ("objective", "label_weight") if name in run.data}
     told["name"] = re.split(r"[\\/]", str(told["name"]))[-1]
     if "command" in run.data:
         command = run.data["command"]
@@ -205,7 +205,8 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     values = "rows" if config.target else '{"x": x}'
     rows = f'x = vae.p.sample(3{context})["x"]  # new rows{size}, (3, {config.features}); or your own'
     if config.target:
-        rows = f"rows = vae.p.sample(3)  # new rows x, (3, {config.features}), and targets y; or your own"
+        rows = f"drawn = vae.p.sample(3)  # new rows x, (3, {config.features}), and targets y; or your own"
+        rows += '\nrows = {"x": drawn["x"], "y": drawn["y"]}  # or x alone'
     told = "log_prob: log p of each row, nats; std_error; pareto_k"
     lines = [
         *imports,
@@ -220,8 +221,8 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     yield _block(lines, "python")
     if data.get("command", {}).get("schema"):
         yield (
-            "A row is the columns below that are not set aside, in their order: categories as 0, 1, ... in the order "
-            "in which `config.json` lists them, NaN for missing."
+            f"A row is the columns below that are not set aside{_but(data)}, in their order: categories as 0, 1, ... "
+            "in the order in which `config.json` lists them, NaN for missing."
         )
     if "command" in data:
         yield (
@@ -229,6 +230,11 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
             "files with the same columns:"
         )
         yield _block(["aevb score FOLDER new.csv --out scores.csv"])
+
+
+def _but(data: dict[str, Any]) -> str:
+    target = data["command"].get("target")
+    return f", without the target {_code(target)}" if target else ""
 
 
 def _data(data: dict[str, Any], run: Run) -> Iterable[str]:
@@ -240,12 +246,18 @@ def _data(data: dict[str, Any], run: Run) -> Iterable[str]:
         )
         return
     rows, missing, shape = data["rows"], data["missing"], data["image_shape"]
+    target = data.get("command", {}).get("target")
     tested = f"; {rows['test']} to test on" if rows["test"] is not None else "; none to test on"
     yield _table(
         [
             ("name", _code(data["name"])),
             ("rows", f"{rows['train']} to train on{held}{tested}"),
             ("columns", f"{data['features']}" + (f", images of {described(shape)}" if shape else "")),
+            *(
+                [("target", f"{_code(target)}, the node y")]
+                if (target := data.get("command", {}).get("target"))
+                else []
+            ),
             ("missing entries", ", ".join(f"{n} in {part} rows" for part, n in missing.items() if n is not None)),
             ("binarisation", data["binarize"]),
             *([("counts", f"0 to {data['total_count']}")] if data["total_count"] is not None else []),
@@ -291,6 +303,8 @@ def _nodes(keys: Iterable[str]) -> list[tuple[str, str]]:
 def _training(run: Run, data: dict[str, Any]) -> Iterable[str]:
     config, numbers = run.config, run.resume.get("numbers", {})
     objective = data.get("objective") or numbers.get("objective")
+    if "label_weight" in data:
+        objective = f"{objective} + {data['label_weight']:g} log q(y | x)"
     validated = [record for record in run.history if "validation" in record]
     kept = f"average over the last ones, decay {config.average:g}" if config.average else "the last"
     if validated:
@@ -345,6 +359,8 @@ def _limits(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
         "the others.",
         **dict.fromkeys(DENSITIES, " It is the log of a density in the data's units, and may be above 0."),
     }.get(likelihood, " It is the log of a probability.")
+    if vae.config and vae.config.target and not Kind.parse(vae.config.target).classes:
+        what += " Of the target it is that of a density in its units, whatever its kind."
     given = f", given {', '.join(vae.context)}, which is computed of the row itself" if vae.context else ""
     yield (
         f"log p is that of a whole row, in nats{given}.{what} It can be compared with that of other models only on the "

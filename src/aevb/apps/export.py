@@ -94,7 +94,7 @@ def export_run(
     run = open_run(folder)
     if run.vae.config is not None and run.vae.config.target:
         raise InputError(
-            "`aevb export` writes networks from x alone, and this run has a target beside it. Train without --target, "
+            "`aevb export` writes networks from x alone, and this run has a target beside it. Use --format pretrained, "
             "or use the library."
         )
     _, rows, _ = test_rows(run, data_of(run, moved))

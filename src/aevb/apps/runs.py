@@ -67,8 +67,8 @@ def evaluate_run(
     about: dict[str, Any] = {"seed": seed, "split": split, "data": pixels(run), "target": named}
     summary = summarize(run.vae, values_of(run, rows), marginal, **about)
     assert run.path is not None
-    findings = _prediction(run, data, rows, split) | _kept_findings(run.path, summary.weights)
-    summary = replace(summary, findings=findings)
+    fresh = _prediction(run, data, rows, split)
+    summary = replace(summary, findings=fresh | _kept_findings(run.path, summary.weights) | fresh)
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
     write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
     summary.save(run.path / EVALUATION)
@@ -304,6 +304,8 @@ def data_of(run: Run, moved: str | None) -> Data:
 
 def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     """Rows of a file in the columns of a run."""
+    import torch
+
     from aevb.data import SparseRows, read_rows, table_rows
 
     if schema := schema_of(run):
@@ -316,7 +318,20 @@ def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     )  # fmt: skip
     if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in _COUNTS:
         rows.check_counts(f"`{path}`")
+    elif rows.dtype == torch.uint8:
+        _check_bytes(run, path)
     return rows
+
+
+def _check_bytes(run: Run, path: str) -> None:
+    """Raise if images of bytes are given to a model of images in floats, whose white is another number."""
+    told, config = run.data, run.vae.config
+    levels = config is not None and config.likelihood == "discretized-logistic"
+    if told.get("image_shape") and not levels and told["binarize"] == "none" and "float" in told["dtype"]:
+        raise InputError(
+            f"`{path}` has images of bytes, 0 to 255; the model was trained on floats. Scale them as those were: "
+            "save x / 255 as .npy."
+        )
 
 
 def _layer(command: dict[str, Any], path: str) -> str:

@@ -210,6 +210,7 @@ def with_classifier(node: str, weight: float) -> Callable[..., Tensor]:
 class _WithClassifier:
     node: str
     weight: float
+    __qualname__ = "with_classifier.<locals>.objective"  # as runs have recorded it since there are any
 
     def __call__(self, vae: VAE, values: Values, *, bound: Tensor, **_: Tensor) -> Tensor:
         return bound + self.beside(vae, values)

@@ -52,6 +52,9 @@ def read_image_folder(folder: Path) -> Source:
         inside = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
         apart = inside == _PARTS
         parts = {name: _files(folder / name) for name in ("train", "test")} if apart else {"train": _files(folder)}
+        loose = sorted(e.name for e in os.scandir(folder) if apart and Path(e.name).suffix.lower() in SUFFIXES)
+    if loose:
+        raise InputError(f"`{folder}` has `{loose[0]}` beside its parts train and test. Move it into one of the two.")
     files = [file for found in parts.values() for file, _ in found]
     images = _alike(files)
     classes = sorted({name for found in parts.values() for _, name in found if name is not None})

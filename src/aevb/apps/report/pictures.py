@@ -32,7 +32,8 @@ def curves(run: Run) -> dict[str, Any]:
         key: [(r["step"], r[key]) for r in run.history if math.isfinite(r.get(key, math.nan))]
         for key in ("bound", "objective", "validation", "reconstruction", "kl")
     }
-    bound = {"bound, training": series["bound"], "bound, validation": series["validation"]}
+    judged = "bound and weighted log q(y | x)" if "label_weight" in run.data else "bound"
+    bound = {"bound, training": series["bound"], f"{judged}, validation": series["validation"]}
     pairs = [(r.get("objective", math.nan), r.get("bound", math.nan)) for r in run.history]
     if differs := any(abs(aim - own) > 1e-4 * abs(own) for aim, own in pairs):
         bound["objective, training"] = series["objective"]
@@ -42,7 +43,8 @@ def curves(run: Run) -> dict[str, Any]:
         "Reconstruction": _curve("Reconstruction", {"training": series["reconstruction"]}),
         "KL": _curve("KL", {"training": series["kl"]}),
     }
-    return {"curves": {name: curve for name, curve in curves.items() if curve}, "best": best, "differs": differs}
+    shown = {name: curve for name, curve in curves.items() if curve}
+    return {"curves": shown, "best": best, "judged": judged, "differs": differs}
 
 
 def _curve(
@@ -151,7 +153,8 @@ def _mosaic(
     across = min(10, max(2, round(10 * shape[-2] / shape[-1])))
     strips = math.ceil(len(next(iter(kinds.values()))) / across) * len(kinds)
     frame = 2 * limits[0] - limits[1] - 1
-    canvas = np.full((*shape[:-2], strips * height, across * width), limits[1] if light else limits[0])
+    ground = float(limits[1] if light else limits[0])
+    canvas = np.full((*shape[:-2], strips * height, across * width), ground)
     for kind, images in enumerate(kinds.values()):
         for i, image in enumerate(images):
             top, left = (i // across * len(kinds) + kind) * height, i % across * width
