@@ -406,6 +406,7 @@ def test_classifier_term():
     run = aevb.fit(vae, {"x": x, "y": labels}, config, objective=objective)
     assert float(aevb.log_q(vae, {"x": x, "y": labels}, "y").detach().sum()) > before
     assert run.history[-1]["objective"] < run.history[-1]["bound"]  # the term is negative
+    assert run.resume["numbers"]["objective"].startswith("with_classifier")  # by this name a run goes on
     with pytest.raises(InputError, match=r"`z`.*observed"):
         aevb.log_q(vae, {"x": x, "y": labels}, "z")
 

@@ -161,8 +161,8 @@ class _Trainer:
         for module in modules:  # which each process may have begun with weights of its own
             self.processes.share_([*module.parameters(), *module.buffers()])
         self.state = OptimizerState.start(params, config, list(vae.buffers()))
-        name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", type(objective))
-        self.told, first = str(name), self.batch(0)
+        name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", None)
+        self.told, first = name or type(objective).__qualname__, self.batch(0)
         self.given, width = frozenset(first), sum(value[0].numel() for value in first.values())
         self.chunk = max(1, min(_CHUNK, _ENTRIES // max(1, width)))
         self.inner = Step(vae, objective, self.state, config, self._check_data(), self.order.count, self.processes)
