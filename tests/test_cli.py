@@ -362,6 +362,7 @@ def test_what_is_taken_for_images_of_bytes() -> None:
     assert _config(colour).image == (3, 16, 18)
     small = _config(Data(name="a", train=grey, image_shape=(12, 24)))
     assert (small.likelihood, small.net) == ("discretized-logistic", "plain")
+    assert _config(Data(name="a", train=grey.float(), image_shape=(16, 18))) == found
     holed = grey.float()
     holed[2, 3] = math.nan
     found = _config(Data(name="a", train=holed, image_shape=(16, 18)))

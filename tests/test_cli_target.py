@@ -179,6 +179,10 @@ def test_scores_are_of_x_and_y_or_of_x(folder, prices, tmp_path):
     assert scores.columns[4:] == [f"{name}_nll{end}" for name in row.columns for end in ("", "_std_error")]
     assert np.exp(-scores["grower_nll"][:3].to_numpy()).sum() == pytest.approx(1, abs=0.1)
     succeed("score", prices / "run", prices / "prices.csv", "--samples", 20)
+    (tmp_path / "parts").mkdir()
+    bare.write_parquet(tmp_path / "parts" / "a.parquet")
+    told = succeed("score", folder / "run", tmp_path / "parts", "--samples", 20, "--out", tmp_path / "scored")
+    assert "1 rows, mean log p(x, y) -" in told
 
 
 def test_codes_of_rows_without_a_class_are_mixtures(folder, prices, tmp_path):

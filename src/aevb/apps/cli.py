@@ -398,7 +398,7 @@ def score(
         json: Print one JSON object and nothing else.
     """
     from aevb.apps.shards import shared_out
-    from aevb.apps.tables import score_file, score_rows
+    from aevb.apps.tables import score_file, score_quietly
 
     if top < 0:
         raise InputError(f"`top` must not be negative; got {top}. Give the number of rows to show.")
@@ -409,11 +409,7 @@ def score(
         if top or json:
             raise InputError("`--top` and `--json` tell of one file, and DATA is a folder of them. Leave them out.")
         for source, target in files:
-            rows, marginal, _ = score_rows(
-                found, source, target, by_column=by_column, by_entry=by_column, samples=samples, seed=seed, quiet=True
-            )
-            mean = float(marginal.log_prob.mean())
-            print(f"{len(rows)} rows, mean log p(x) {mean:.2f} nats, written to {target}", flush=True)
+            print(score_quietly(found, source, target, by_column=by_column, samples=samples, seed=seed), flush=True)
         return
     summary, told = score_file(found, data, out, by_column=by_column, top=top, samples=samples, seed=seed, quiet=json)
     for each in () if json else told:

@@ -404,8 +404,6 @@ def _likelihood(data: Data) -> Likelihood:
         return "bernoulli"
     if data.total_count is not None:
         return "binomial"
-    import torch
-
     from aevb.data import SparseRows
 
     if isinstance(data.train, SparseRows):
@@ -415,11 +413,9 @@ def _likelihood(data: Data) -> Likelihood:
         return "negative-binomial"
     if bool(((known == 0) | (known == 1)).all()):
         return "bernoulli"
-    # Where pixels are missing they are no bytes, but whole numbers still.
-    holed = data.image_shape is not None and len(known) < data.train.numel()
-    whole = holed and bool(((known >= 0) & (known <= 255) & (known == known.floor())).all())
-    bytes_ = data.image_shape is not None and data.train.dtype == torch.uint8
-    return "discretized-logistic" if bytes_ or whole else "normal"
+    # Of whatever type: where a pixel is missing, bytes are held as floats.
+    bytes_ = bool(((known >= 0) & (known <= 255) & (known == known.floor())).all())
+    return "discretized-logistic" if bytes_ and data.image_shape is not None else "normal"
 
 
 def rows_for_start(data: Data) -> dict[str, Any]:

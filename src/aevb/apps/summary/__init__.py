@@ -3,7 +3,16 @@
 from aevb.apps.summary.finding import Finding
 from aevb.apps.summary.findings import of_annealing, of_calibration, of_checks, of_gaps, of_information
 from aevb.apps.summary.prediction import of_prediction
-from aevb.apps.summary.record import ACTIVE_ABOVE, DENSITIES, UNTRUSTED_ABOVE, Summary, sizes, summarize, weights_of
+from aevb.apps.summary.record import (
+    ACTIVE_ABOVE,
+    DENSITIES,
+    UNTRUSTED_ABOVE,
+    Summary,
+    quantity,
+    sizes,
+    summarize,
+    weights_of,
+)
 
 __all__ = [
     "ACTIVE_ABOVE",
@@ -17,6 +26,7 @@ __all__ = [
     "of_gaps",
     "of_information",
     "of_prediction",
+    "quantity",
     "sizes",
     "summarize",
     "weights_of",

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -26,7 +26,7 @@ from aevb.evaluate.latents import ACTIVE_ABOVE
 from aevb.evaluate.stream import digest_of
 from aevb.nets import LogTotal
 
-__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "sizes", "summarize", "weights_of"]
+__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "quantity", "sizes", "summarize", "weights_of"]
 
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
@@ -88,9 +88,7 @@ class Summary:
     @property
     def quantity(self) -> str:
         """What is estimated: p(x), p(x | library), or p(x, y)."""
-        if self.target:
-            return "p(x, y)"
-        return f"p(x | {', '.join(self.given)})" if self.given else "p(x)"
+        return quantity(self.given, bool(self.target))
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
@@ -211,6 +209,13 @@ def summarize(
         given=vae.context,
         target=target,
     )
+
+
+def quantity(given: Sequence[str], target: bool) -> str:
+    """What the log p of a row is of: p(x), p(x | library), or p(x, y)."""
+    if target:
+        return "p(x, y)"
+    return f"p(x | {', '.join(given)})" if given else "p(x)"
 
 
 def sizes(vae: VAE, rows: int) -> dict[str, Tensor] | None:

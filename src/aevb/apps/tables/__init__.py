@@ -3,7 +3,7 @@
 from aevb.apps.tables.drawing import sample_file
 from aevb.apps.tables.filling import encode_file, impute_file
 from aevb.apps.tables.kinds import inspected, kinds_of, print_schema, set_aside
-from aevb.apps.tables.scoring import score_file, score_rows
+from aevb.apps.tables.scoring import score_file, score_quietly
 
 __all__ = [
     "encode_file",
@@ -13,6 +13,6 @@ __all__ = [
     "print_schema",
     "sample_file",
     "score_file",
-    "score_rows",
+    "score_quietly",
     "set_aside",
 ]

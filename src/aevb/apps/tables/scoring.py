@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from aevb.data import SparseRows
     from aevb.evaluate import Marginal, Surprisal
 
-__all__ = ["score_file", "score_rows"]
+__all__ = ["score_file", "score_quietly"]
 
 
 _COLUMNS = 3
@@ -48,7 +48,7 @@ def score_file(
 
     from aevb.apps.summary import summarize
 
-    rows, marginal, found = score_rows(
+    rows, marginal, found = _scored(
         run, path, out, by_column=by_column, by_entry=by_column or top > 0, samples=samples, seed=seed, quiet=quiet
     )
     told: list[Callable[[], None]] = []
@@ -63,7 +63,18 @@ def score_file(
     return summary, told
 
 
-def score_rows(
+def score_quietly(run: Run, path: str, out: Path, *, by_column: bool, samples: int, seed: int) -> str:
+    """Score the rows of one file of many and write their figures; tells of it in one line."""
+    from aevb.apps.summary import quantity
+
+    rows, marginal, _ = _scored(
+        run, path, out, by_column=by_column, by_entry=by_column, samples=samples, seed=seed, quiet=True
+    )
+    of = quantity(run.vae.context, target_of(run) is not None)
+    return f"{len(rows)} rows, mean log {of} {float(marginal.log_prob.mean()):.2f} nats, written to {out}"
+
+
+def _scored(
     run: Run, path: str, out: Path | None, *, by_column: bool, by_entry: bool, samples: int, seed: int, quiet: bool
 ) -> tuple[Tensor | SparseRows, Marginal, Surprisal | None]:
     """Score the rows of a file, or their entries too, and write the figures; the rows with what was found."""
