@@ -32,7 +32,7 @@ def curves(run: Run) -> dict[str, Any]:
         key: [(r["step"], r[key]) for r in run.history if math.isfinite(r.get(key, math.nan))]
         for key in ("bound", "objective", "validation", "reconstruction", "kl")
     }
-    judged = "bound and weighted log q(y | x)" if "label_weight" in run.data else "bound"
+    judged = "objective" if "label_weight" in run.data else "bound"  # see `with_classifier`
     bound = {"bound, training": series["bound"], f"{judged}, validation": series["validation"]}
     pairs = [(r.get("objective", math.nan), r.get("bound", math.nan)) for r in run.history]
     if differs := any(abs(aim - own) > 1e-4 * abs(own) for aim, own in pairs):
