@@ -73,10 +73,9 @@ def ours(setting: Setting, turn: Turn, compile: bool) -> None:
     every = min(100, setting.epoch)
     config = aevb.TrainConfig(
         steps=10**9, batch_size=setting.batch, samples=setting.samples, compile=compile, log_every=every,
-        validation=0.0, patience=0,
+        validation=0.0, patience=0, precision=setting.precision,
     )  # fmt: skip
-    with _autocast(setting):
-        aevb.fit(vae, {"x": setting.data()}, config, progress=lambda record: turn(every))
+    aevb.fit(vae, {"x": setting.data()}, config, progress=lambda record: turn(every))
 
 
 def products(setting: Setting, turn: Turn) -> None:

@@ -8,7 +8,9 @@ process of its own, and they take turns, each round in another order; the figure
 within a round, with their range. Time before the first pack (checks of the values, compilation) is left out by a first
 call; draws are those that were drawn, not those that were asked for. `get_nll` runs without gradients, at its default
 batch of 100 and at larger ones, of which the best has the largest median. The products are those of the decoder on
-packs of 512 to 2048 draws, the best of them likewise, into memory that is kept, with no biases and no nonlinearities.
+packs of 512 to 2048 draws in float32, the best of them likewise, into memory that is kept, with no biases and no
+nonlinearities. "aevb bfloat16" is compiled, too, and multiplies matrices in bfloat16 where the processor has units for
+it; what that changes of log p, `aevb.evaluate.rounding` says, on a trained model: see `time_to_quality.py`.
 
 Memory: how far the peak of the resident set rises above the process after a first call (which imports and compiles), in
 MB of 10^6 bytes. A row's data are the caller's: they are made before.
@@ -48,14 +50,14 @@ def model():
     )
 
 
-def ours(rows: int, compile: bool):
+def ours(rows: int, compile: bool, precision: str = "float32"):
     """A closure that estimates log p(x) and tells the draws, and the mean estimate."""
     import aevb
 
     vae, x = model(), data(rows)
 
     def run() -> tuple[int, float]:
-        found = aevb.log_marginal(vae, {"x": x}, SAMPLES, compile=compile)
+        found = aevb.log_marginal(vae, {"x": x}, SAMPLES, compile=compile, precision=precision)
         return found.samples * rows, float(found.log_prob.mean())
 
     return run
@@ -119,6 +121,7 @@ def products(rows: int, pack: int):
 CONTESTANTS = {
     "aevb eager": lambda rows: ours(rows, compile=False),
     "aevb compiled": lambda rows: ours(rows, compile=True),
+    "aevb bfloat16": lambda rows: ours(rows, compile=True, precision="bfloat16"),
     **{f"pythae, batch {batch}": lambda rows, batch=batch: pythae(rows, batch) for batch in BATCHES},
     **{f"products, pack {pack}": lambda rows, pack=pack: products(rows, pack) for pack in PACKS},
 }
@@ -165,7 +168,7 @@ def race(rounds: int, rows: int, threads: int, cpu_time: bool) -> None:
         print(f"{name:22s}{statistics.median(rates[name]):9.0f}{drawn / rows:13.0f}{log_prob:10.3f}")
     for pipe in pipes.values():
         pipe.send(False)
-    for name in names[:2]:
+    for name in names[:3]:
         for other, theirs in best.items():
             ratios = [a / b for a, b in zip(rates[name], theirs, strict=True)]
             print(

@@ -20,6 +20,7 @@ from results import FOLDER, conditions, write
 
 import aevb
 from aevb.data import Binarized, load
+from aevb.evaluate import rounding
 
 PAPER = -86.76
 
@@ -32,7 +33,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--average", type=float, default=0.9995)
+    parser.add_argument("--objective", choices=("elbo", "iwae"), default="elbo")
+    parser.add_argument("--draws", type=int, default=1, help="of the objective, a row")
     parser.add_argument("--gradient", default="plain")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16"), default="float32", help="of training's products"
+    )
     parser.add_argument("--samples", type=int, default=5000, help="of importance sampling")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -48,7 +54,8 @@ def main() -> None:
     steps = int(options.epochs * len(grey) / options.batch)
     config = aevb.TrainConfig(
         steps=steps, batch_size=options.batch, learning_rate=options.rate, warmup_steps=500, gradient=options.gradient,
-        average=options.average, compile=True, validation=0.0, patience=0, seed=options.seed, log_every=100,
+        samples=options.draws, precision=options.precision, average=options.average, compile=True, validation=0.0,
+        patience=0, seed=options.seed, log_every=100,
     )  # fmt: skip
     curve: list[tuple[float, float, float]] = []
     next_look, began, spent = 0.0, time.perf_counter(), 0.0
@@ -67,7 +74,7 @@ def main() -> None:
             next_look += 10
             spent += time.perf_counter() - asked
 
-    aevb.fit(vae, Binarized(grey), config, progress=look)
+    aevb.fit(vae, Binarized(grey), config, objective=options.objective, progress=look)
     minutes = (time.perf_counter() - began - spent) / 60
     began = time.perf_counter()
     found = aevb.log_marginal(vae, {"x": data.test}, samples=options.samples, compile=True)
@@ -78,8 +85,15 @@ def main() -> None:
         f"k-hat above 0.7 in {int((found.pareto_k > 0.7).sum())} of {len(data.test)} "
         f"({(time.perf_counter() - began) / 60:.1f} min of evaluation)"
     )
+    few = {"x": data.test[:: max(1, len(data.test) // 1000)]}
+    exact, coarse = (
+        aevb.log_marginal(vae, few, samples=options.samples, compile=True, precision=each)
+        for each in ("float32", "bfloat16")
+    )
+    print(f"bfloat16 in evaluation, on some of these images: {rounding(exact, coarse)}")
     plot(curve, mean, FOLDER / "time_to_quality.svg")
-    row = {name: getattr(options, name) for name in ("seed", "epochs", "batch", "rate", "average", "gradient")}
+    named = ("seed", "epochs", "batch", "rate", "average", "objective", "draws", "gradient", "precision")
+    row = {name: getattr(options, name) for name in named}
     row |= {"minutes": minutes, "log_prob": mean, "std_error": error}
     write("time_to_quality", [row], told)
 

@@ -136,6 +136,24 @@ def test_json_carries_the_same_figures(digits) -> None:
     assert told["gap"] == pytest.approx(told["log_prob"] - told["elbo"])
 
 
+def test_bfloat16_is_kept_to_where_its_rounding_is_lost(digits, tmp_path) -> None:
+    """Told beside the evaluation either way; of one row no sampling error is known, so that nothing hides a change."""
+    plain = json.loads(succeed("evaluate", digits, "--samples", 100, "--json"))
+    printed = succeed("evaluate", digits, "--samples", 100, "--precision", "bfloat16")
+    told = json.loads((digits / "evaluation.json").read_text())
+    change = told["findings"]["bfloat16"]["figures"]
+    assert (told["precision"], change["allowed"], change["rows"]) == ("bfloat16", True, 297)
+    assert told["log_prob"] == pytest.approx(plain["log_prob"] + change["change"], abs=1e-4)
+    assert "matrix products in bfloat16\n" in printed
+    assert f"change of the mean  {change['change']:.2g} nats" in printed
+    assert "bfloat16" not in json.loads(succeed("evaluate", digits, "--samples", 100, "--json"))["findings"]
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 3)))
+    succeed("train", tmp_path / "x.npy", "--out", tmp_path / "run", *FAST, "--validation", "0.05")
+    printed = succeed("evaluate", tmp_path / "run", "--samples", 100, "--precision", "bfloat16")
+    assert "all rows were evaluated in float32" in printed.replace("\n", " ")
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["precision"] == "float32"
+
+
 def test_compare_is_paired_on_the_same_rows(digits, tmp_path) -> None:
     """The figures are those of the evaluations, row by row; the ranks and the verdict follow from the interval."""
     longer = tmp_path / "longer"

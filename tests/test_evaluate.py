@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import math
@@ -21,7 +22,7 @@ import aevb
 from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
 from aevb._compiler import can_compile
 from aevb.apps.summary import UNTRUSTED_ABOVE, summarize
-from aevb.evaluate import pareto_k
+from aevb.evaluate import pareto_k, rounding
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -353,6 +354,54 @@ def test_single_precision_meets_double():
     wide, narrow = aevb.log_marginal(model(), {"x": x}, 5000), aevb.log_marginal(model().float(), {"x": x}, 5000)
     standard_error = (wide.std_error.square() + narrow.std_error.square()).sqrt()
     assert bool(((wide.log_prob - narrow.log_prob).abs() < 4 * standard_error).all())
+
+
+def test_the_precision_of_products_holds_for_the_call():
+    """In both networks, and no longer; without units for bfloat16 torch takes float32 products all the same."""
+    seen = set()
+
+    class Told(MLP):
+        def forward(self, *parents: Tensor) -> Tensor:
+            seen.add(torch.get_float32_matmul_precision())
+            return super().forward(*parents)
+
+    vae = VAE(
+        BayesNet({"z": StandardNormal(2), "x | z": Bernoulli(Told(2, [4], 5))}),
+        BayesNet({"z | x": DiagonalNormal(Told(5, [4], 4))}),
+    )
+    before = torch.get_float32_matmul_precision()
+    for precision, expected in (("bfloat16", "medium"), ("float32", before)):
+        seen.clear()
+        aevb.log_marginal(vae, {"x": torch.ones(2, 5)}, 10, precision=precision)
+        assert seen == {expected}
+        assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(
+    ("shift", "zigzag", "allowed"),
+    [(0.09, 0.0, True), (0.11, 0.0, False), (-0.11, 0.0, False), (0.0, 0.9, True), (0.0, 1.1, False)],
+)
+def test_rounding_is_allowed_where_both_errors_hide_it(shift, zigzag, allowed):
+    """`shift` is of the mean, in units of its sampling error; `zigzag` of rows, up and down, in their own error's."""
+    exact = aevb.log_marginal(model(), {"x": binary(6)}, 100)
+    signs = torch.tensor([1.0, -1.0]).repeat(3)
+    errors = exact.std_error.square().mean().sqrt()
+    change = shift * exact.log_prob.std() / math.sqrt(6) + zigzag * errors * signs
+    # Of the rows' own error the shift alone takes little, so that one rule is tried at a time.
+    wide = dataclasses.replace(exact, std_error=exact.std_error * 100) if shift else exact
+    coarse = dataclasses.replace(exact, log_prob=exact.log_prob + change)
+    found = rounding(wide, coarse)
+    assert found.allowed is allowed
+    assert found.change == pytest.approx(float(change.mean()))
+    assert found.row_change == pytest.approx(float(change.square().mean().sqrt()))
+
+
+def test_rounding_is_of_the_same_rows_and_draws():
+    vae = model()
+    few, more, other = (aevb.log_marginal(vae, {"x": binary(n)}, k) for n, k in ((3, 10), (3, 11), (4, 10)))
+    for coarse in (more, other):
+        with pytest.raises(InputError, match="same rows and draws"):
+            rounding(few, coarse)
 
 
 def test_memory_does_not_grow_with_the_draws():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aevb.config import InputError
 
-__all__ = ["Values", "by_rows", "check_event", "join", "rows_of"]
+__all__ = ["Values", "by_rows", "check_event", "evenly", "join", "rows_of"]
 
 Values = Mapping[str, Tensor]
 """Observed nodes by name, each `(N, *event)`; NaN marks a missing entry."""
@@ -55,3 +55,8 @@ def check_event(name: str, value: Tensor, event_shape: torch.Size) -> None:
             f"`{name}` must be (N, {', '.join(map(str, event_shape)) or 'no further axes'}); got shape "
             f"{tuple(value.shape)}. Flatten images with `x.flatten(1)`, or build the model with that event shape."
         )
+
+
+def evenly(rows: int, most: int) -> Tensor:
+    """Positions of at most `most` of `rows`, evenly spaced: data are often sorted."""
+    return torch.linspace(0, rows - 1, min(rows, most), dtype=torch.float64).round().long()

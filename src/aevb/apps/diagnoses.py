@@ -10,6 +10,7 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
+from aevb._shapes import evenly
 from aevb.apps.progress import rows_done
 from aevb.apps.summary import Finding, of_annealing, of_calibration, of_checks, of_gaps, of_information
 from aevb.bayesnet import VAE
@@ -47,10 +48,9 @@ class Subject:
 
     def some(self, most: int) -> Tensor:
         """Positions of at most `most` rows, evenly spaced: data are often sorted; of sparse ones few at a time."""
-        total = len(self.rows)
         if isinstance(self.rows, SparseRows):
             most = min(most, len(self.rows.split()[0]))
-        return torch.linspace(0, total - 1, min(total, most), dtype=torch.float64).round().long()
+        return evenly(len(self.rows), most)
 
 
 def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, temperatures: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aevb.apps.progress import rows_done
-from aevb.config import InputError, Likelihood, ModelConfig
+from aevb.config import InputError, Likelihood, ModelConfig, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
     from aevb.data import Data, Schema, SparseRows, Target
-    from aevb.evaluate import Marginal
+    from aevb.evaluate import Marginal, Rounding
 
 __all__ = [
     "EVALUATION",
@@ -47,32 +47,66 @@ __all__ = [
 _COUNTS = ("poisson", "negative-binomial", "zero-inflated", "binomial", "beta-binomial")
 
 EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
-_PREDICTION = "prediction"
-"""The finding that an evaluation of a run with a target makes by itself."""
+_ROUNDING, _PREDICTION = "bfloat16", "prediction"
+"""Findings that an evaluation makes by itself: of coarse matrix products, of a run with a target."""
+_COMPARED = 1000
+"""Rows, at most, on which coarse matrix products are compared with float32 ones."""
 
 
 def evaluate_run(
-    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False
-) -> tuple[Summary, Tensor]:
-    """The evaluation of a run, which keeps it, and log p(x) of each row; what was found of these weights stays."""
+    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False,
+    precision: Precision = "float32",
+) -> tuple[Summary, Tensor]:  # fmt: skip
+    """The evaluation of a run, which keeps it, and log p(x) of each row; what was found of these weights stays.
+
+    Of `precision` the matrix products are only where their rounding is lost in the errors on some rows, float32 else.
+    """
     import numpy as np
 
-    from aevb.apps.summary import summarize
+    from aevb.apps.summary import of_rounding, summarize
     from aevb.checkpoint import write_atomically
 
     split, rows, _ = test_rows(run, data)
+    settings: dict[str, Any] = {"samples": samples, "seed": seed, "compile": compile}
+    fresh = {}
+    if precision != "float32":
+        found = _rounding(run, rows, precision, quiet, settings)
+        fresh[_ROUNDING] = of_rounding(found, len(rows))
+        precision = precision if found.allowed else "float32"
     with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
-        marginal = marginal_of(run, rows, samples, seed=seed, compile=compile, progress=progress)
+        marginal = marginal_of(run, rows, **settings, precision=precision, progress=progress)
     named = "" if data.target is None else data.target.name
-    about: dict[str, Any] = {"seed": seed, "split": split, "data": pixels(run), "target": named}
+    about: dict[str, Any] = {
+        "seed": seed, "split": split, "data": pixels(run), "target": named, "precision": precision,
+    }  # fmt: skip
     summary = summarize(run.vae, values_of(run, rows), marginal, **about)
     assert run.path is not None
-    fresh = _prediction(run, data, rows, split)
-    summary = replace(summary, findings=fresh | _kept_findings(run.path, summary.weights) | fresh)
+    fresh |= _prediction(run, data, rows, split)
+    kept = _kept_findings(run.path, summary.weights)
+    kept.pop(_ROUNDING, None)  # of another evaluation
+    summary = replace(summary, findings=fresh | kept | fresh)
     np.save(buffer := io.BytesIO(), marginal.log_prob.numpy(), allow_pickle=False)
     write_atomically(run.path / _LOG_PROBS, buffer.getvalue())
     summary.save(run.path / EVALUATION)
     return summary, marginal.log_prob
+
+
+def _rounding(
+    run: Run, rows: Tensor | SparseRows, precision: Precision, quiet: bool, settings: dict[str, Any]
+) -> Rounding:
+    """What coarse matrix products change of the estimates of some rows."""
+    from torch import Tensor
+
+    from aevb._shapes import evenly
+    from aevb.evaluate import rounding
+
+    few = evenly(len(rows), _COMPARED)
+    some = rows[few] if isinstance(rows, Tensor) else rows.select(few)
+    with rows_done(f"{precision} beside float32", 2 * len(few), quiet) as progress:
+        exact, coarse = (
+            marginal_of(run, some, **settings, precision=each, progress=progress) for each in ("float32", precision)
+        )
+    return rounding(exact, coarse)
 
 
 def _prediction(run: Run, data: Data, rows: Tensor | SparseRows, split: str) -> dict[str, Finding]:
@@ -201,16 +235,17 @@ def diagnose_run(
     )
     for name in names:
         found = summary.findings | {name: DIAGNOSES[name](subject)}
-        order = (_PREDICTION, *DIAGNOSES)
+        order = (_ROUNDING, _PREDICTION, *DIAGNOSES)
         summary = replace(summary, findings={each: found[each] for each in order if each in found})
         summary.save(run.path / EVALUATION)
     return summary
 
 
 def judged(
-    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False
-) -> tuple[Summary, Tensor]:
-    """As `evaluate_run`; what the run holds already, if it is of these weights, samples and seed."""
+    run: Run, data: Data, samples: int, seed: int, *, quiet: bool, compile: bool = False,
+    precision: Precision = "float32",
+) -> tuple[Summary, Tensor]:  # fmt: skip
+    """As `evaluate_run`; what the run holds already, if it is of these weights, samples, seed and precision."""
     import numpy as np
     import torch
 
@@ -220,10 +255,11 @@ def judged(
     if (run.path / EVALUATION).exists() and (run.path / _LOG_PROBS).exists():
         summary = Summary.load(run.path / EVALUATION)
         rows = torch.from_numpy(np.load(run.path / _LOG_PROBS, allow_pickle=False))
-        same = (summary.weights, summary.samples, summary.seed) == (weights_of(run.vae), samples, seed)
+        asked = (weights_of(run.vae), samples, seed, precision)
+        same = (summary.weights, summary.samples, summary.seed, summary.precision) == asked
         if same and float(rows.mean()) == summary.log_prob:
             return summary, rows
-    return evaluate_run(run, data, samples, seed, quiet=quiet, compile=compile)
+    return evaluate_run(run, data, samples, seed, quiet=quiet, compile=compile, precision=precision)
 
 
 def pixels(run: Run) -> str:

@@ -9,7 +9,7 @@ from aevb.evaluate.entries import Surprisal, surprisal
 from aevb.evaluate.gaps import Gaps, inference_gaps
 from aevb.evaluate.imputation import Imputation, impute
 from aevb.evaluate.latents import Information, active_units, aggregated, information
-from aevb.evaluate.marginal import Marginal, log_marginal
+from aevb.evaluate.marginal import Marginal, Rounding, log_marginal, rounding
 from aevb.evaluate.pareto import pareto_k
 from aevb.evaluate.predictive import PredictiveCheck, predictive_check
 
@@ -24,6 +24,7 @@ __all__ = [
     "Information",
     "Marginal",
     "PredictiveCheck",
+    "Rounding",
     "Surprisal",
     "active_units",
     "aggregated",
@@ -38,6 +39,7 @@ __all__ = [
     "pareto_k",
     "predictive_check",
     "reverse_ais",
+    "rounding",
     "sample_given",
     "simulation_based_calibration",
     "surprisal",

@@ -32,7 +32,7 @@ from aevb.training.log import History, Interrupt, dead_dimensions, told_collapse
 from aevb.training.processes import Processes, join
 from aevb.training.schedules import kl_weight, learning_rate
 from aevb.training.step import NOTHING, OBJECTIVES, Objective, Step, check_memory
-from aevb.training.tiers import Tiers, products, wanted_tier
+from aevb.training.tiers import Tiers, wanted_tier
 from aevb.training.updates import OptimizerState
 
 __all__ = ["OBJECTIVES", "fit"]
@@ -223,7 +223,7 @@ class _Trainer:
     def train(self, interrupt: Interrupt, progress: Callable[[dict[str, Any]], None] | None) -> None:
         """Step until the last step, until validation stops improving, or until asked to stop."""
         self.vae.train()
-        with products(self.config.precision), self.tiers.ready() as take_step:
+        with self.tiers.ready() as take_step:
             began, dropped_in_row = time.monotonic() - self.seconds, 0
             while self.step < self.config.steps and not self.finished:
                 rate, weight = learning_rate(self.config, self.step), kl_weight(self.config, self.step)

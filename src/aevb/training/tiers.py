@@ -11,12 +11,12 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import can_compile, compiled
-from aevb.config import InputError, Precision, TrainConfig
+from aevb._compiler import can_compile, compiled, products
+from aevb.config import InputError, TrainConfig
 from aevb.training.step import Step
 from aevb.training.updates import update_eagerly, update_traced
 
-__all__ = ["Tier", "Tiers", "products", "wanted_tier"]
+__all__ = ["Tier", "Tiers", "wanted_tier"]
 
 _log = logging.getLogger("aevb")
 
@@ -44,7 +44,7 @@ class Tiers:
     """Takes steps in a tier, and in the next one where that cannot be."""
 
     def __init__(self, step: Step, config: TrainConfig, tier: Tier, device: torch.device) -> None:
-        self.step, self.tier, self.asked = step, tier, config.compile is True
+        self.step, self.tier, self.asked, self.precision = step, tier, config.compile is True, config.precision
         self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.run: Callable[..., None] = step
         self.guarded: object = None  # names, shapes and types of a batch for which all of dynamo's guards have held
@@ -66,28 +66,29 @@ class Tiers:
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
-        """A function that takes a step."""
-        if self.tier == "eager":
-            yield self.step
-            return
-        import torch._dynamo  # takes a second or two
+        """A function that takes a step; within, matrix products are of the precision that was asked for."""
+        with products(self.precision):
+            if self.tier == "eager":
+                yield self.step
+                return
+            import torch._dynamo  # takes a second or two
 
-        # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
-        with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():
-            # Where a graph breaks, torch looks at the .grad of what crosses the break, and warns that it did.
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-            self._prepare()
-            yield self._take
-        self.step.update = update_eagerly
+            # autograd.grad inside the graph: a private switch of the pinned torch, held by a test.
+            with torch._dynamo.config.patch(trace_autograd_ops=True), warnings.catch_warnings():
+                # Where a graph breaks, torch looks at the .grad of what crosses the break, and warns that it did.
+                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+                self._prepare()
+                yield self._take
+            self.step.update = update_eagerly
 
     def _prepare(self) -> None:
         self.step.update = update_traced if self.tier == "whole" else update_eagerly
         if self.tier == "whole":  # draws come from torch's own generator, so that they are those of eager
             # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
             asserts = {"size_asserts": False, "alignment_asserts": False}
-            self.run = compiled(self.step.__call__, fallback_random=True, **asserts)
+            self.run = compiled(self.step.__call__, precision=self.precision, fallback_random=True, **asserts)
         elif self.tier == "loss":
-            loss = compiled(self.step.look, whole=False, fallback_random=True)
+            loss = compiled(self.step.look, whole=False, precision=self.precision, fallback_random=True)
 
             def run(values: dict[str, Tensor], rate: Tensor, weight: Tensor) -> None:
                 value, means = loss(values, weight)
@@ -121,18 +122,6 @@ class Tiers:
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
-
-
-@contextlib.contextmanager
-def products(precision: Precision) -> Iterator[None]:
-    """Matrix products of a precision; torch takes float32 ones where the processor has no units for bfloat16."""
-    before = torch.get_float32_matmul_precision()
-    if precision == "bfloat16":
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _unguarded() -> contextlib.AbstractContextManager[Any]:

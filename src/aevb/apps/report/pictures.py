@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from aevb._shapes import evenly
 from aevb.apps.report.drawing import BLUE, CLASSES, GREEN, GREY, MARKERS, ORANGE, Array, Picture, blank, picture
-from aevb.apps.report.seen import SAMPLES, TILES, Seen, evenly
+from aevb.apps.report.seen import SAMPLES, TILES, Seen
 from aevb.apps.summary import ACTIVE_ABOVE, Summary
 from aevb.checkpoint import Run
 

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aevb._shapes import evenly
 from aevb.apps.report.drawing import Array
 from aevb.apps.summary import sizes
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating, prepare, terms
 from aevb.data import SparseRows
 
-__all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "evenly", "look"]
+__all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "look"]
 
 TILES, SAMPLES, TABLE_DRAWS = 20, 40, 2000
 """Images reconstructed, images sampled, rows sampled to compare columns with."""
@@ -76,8 +77,3 @@ def _mean_of_x(p: BayesNet, values: Mapping[str, Tensor], rows: int) -> Array:
 def _array(value: Tensor) -> Array:
     array: Array = value.detach().reshape(len(value), -1).double().cpu().numpy()
     return array
-
-
-def evenly(rows: int, most: int) -> Tensor:
-    """Positions of at most `most` of `rows`, evenly spaced: data are often sorted."""
-    return torch.linspace(0, rows - 1, min(rows, most), dtype=torch.float64).round().long()

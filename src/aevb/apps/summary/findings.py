@@ -15,9 +15,10 @@ from aevb.evaluate.annealing import Annealed, Bracket
 from aevb.evaluate.calibration import Calibration
 from aevb.evaluate.gaps import Gaps
 from aevb.evaluate.latents import ACTIVE_ABOVE, Information
+from aevb.evaluate.marginal import Rounding
 from aevb.evaluate.predictive import PredictiveCheck
 
-__all__ = ["of_annealing", "of_calibration", "of_checks", "of_gaps", "of_information"]
+__all__ = ["of_annealing", "of_calibration", "of_checks", "of_gaps", "of_information", "of_rounding"]
 
 _NO_ERROR = "One row tells no error, so that nothing is concluded."
 _SMALL_TAIL, _WORST, _CURVES = 0.05, 4, 12
@@ -86,6 +87,27 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
                 "samples": samples,
             }
         ),
+    )
+
+
+def of_rounding(found: Rounding, total: int) -> Finding:
+    """What matrix products in bfloat16 change of log p, for some rows of `total`, and whether they were kept to."""
+    verdict = (
+        "The change is lost in the errors: all rows were evaluated with them."
+        if found.allowed
+        else "The change is not lost in the errors (a tenth of that of the mean, and a row's own): all rows were "
+        "evaluated in float32."
+    )
+    mean, row = (f"{figure:.2g}" for figure in (found.change, found.row_change))
+    return Finding(
+        title="Matrix products in bfloat16",
+        facts=(
+            ("rows", f"{found.rows} of {total}, evenly spaced, same draws in float32 beside"),
+            ("change of the mean", f"{mean} nats; its sampling error {found.std_error:.2g}"),
+            ("change of a row", f"{row} nats, root of the mean square; its Monte-Carlo error {found.row_error:.2g}"),
+        ),
+        meaning=(verdict,),
+        figures=plain(vars(found) | {"allowed": found.allowed}),
     )
 
 

@@ -62,6 +62,7 @@ class Summary:
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
     given: tuple[str, ...] = ()  # what p takes as given that is computed of x itself
     target: str = ""  # the column that is y, where the model has one
+    precision: str = "float32"  # of matrix products
     findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
 
     @property
@@ -100,13 +101,17 @@ class Summary:
             *([("likelihood", f"{self.likelihood}: {self.quantity} is a {kind}")] if self.likelihood else []),
             *([("given", _GIVEN.format(", ".join(self.given)))] if self.given else []),
             *([("target", f"{self.target} is y; where it is missing, log p(x) counts")] if self.target else []),
-            ("importance samples", f"{self.samples} a row, seed {self.seed}"),
+            ("importance samples", f"{self.samples} a row, seed {self.seed}{self._rounded}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
             (f"gap log {self.quantity} - ELBO", f"{self.gap:.2f} nats"),
             *([("bound by draws", self._rise())] if len(self.curve) > 1 else []),
             *([("bits per dimension", self._coded())] if self.bits_per_dim is not None else []),
             ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
         ]
+
+    @property
+    def _rounded(self) -> str:
+        return "" if self.precision == "float32" else f", matrix products in {self.precision}"
 
     def _coded(self) -> str:
         error = f" ± {self.std_error / self._bit:.3f}" if math.isfinite(self.std_error) else ""
@@ -169,7 +174,7 @@ class Summary:
 
 def summarize(
     vae: VAE, values: Values | SparseRows, marginal: Marginal, *, seed: int = 0, split: str = "test", data: str = "",
-    target: str = "",
+    target: str = "", precision: str = "float32",
 ) -> Summary:  # fmt: skip
     """Put `marginal`, the estimates of `values` under `vae`, into figures for all rows; finds the active dimensions."""
     rows = marginal.log_prob.shape[0]
@@ -208,6 +213,7 @@ def summarize(
         likelihood=vae.config.likelihood if vae.config else "",
         given=vae.context,
         target=target,
+        precision=precision,
     )
 
 
