@@ -302,12 +302,14 @@ def test_sub_folders_are_classes_or_parts(tmp_path):
     data = load(tmp_path / "all")
     same(data.train, GREY[[1, 2, 0, 3]].reshape(4, 30))
     same(data.train_labels, [0, 1, 1, 2])
+    assert data.classes == ("ants", "cats", "dogs")
     for i, name in enumerate(("train/cats/1.png", "train/dogs/1.png", "test/dogs/1.png")):
         picture(tmp_path / "parted", name, GREY[i])
     parted = load(tmp_path / "parted")
     same(parted.train, GREY[:2].reshape(2, 30))
     same(parted.test, GREY[2:3].reshape(1, 30))
     assert (parted.train_labels.tolist(), parted.test_labels.tolist()) == ([0, 1], [1])
+    assert parted.classes == ("cats", "dogs")
 
 
 def _broken(folder: Path) -> None:

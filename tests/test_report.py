@@ -293,6 +293,16 @@ def test_latents_of_any_number(tmp_path, latents, posterior):
     assert ("does not split by dimension" in page.words) != splits
 
 
+def test_classes_have_their_names(tmp_path):
+    x = table(columns=2)
+    run = trained(ModelConfig(features=2, latents=2, hidden=(8,)), x)
+    labels, names = torch.arange(60) % 3, ("_hidden", "$1, $2", "a name longer than a legend takes")
+    page = report(tmp_path / "report.html", run, x, labels=labels, classes=names)
+    assert "60 rows, by label: _hidden, $1, $2, a name longer than…." in page.images[-1]["alt"]
+    with pytest.raises(InputError, match="must name every label, 0 to 2; got 2 names"):
+        report(tmp_path / "report.html", run, x, labels=labels, classes=names[:2])
+
+
 def test_principal_components_hold_the_variance_they_say(tmp_path):
     class Fixed(nn.Module):
         def __init__(self):

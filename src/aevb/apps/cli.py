@@ -444,6 +444,7 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
         run / _REPORT,
         test=rows,
         labels=labels,
+        classes=source.classes,
         image_shape=source.image_shape,
         columns=source.columns,
         maximum=source.total_count,

@@ -43,6 +43,8 @@ class Data:
     """`(N,)` int64; -1 is missing."""
     test_labels: Tensor | None = None
     """`(M,)` int64; -1 is missing."""
+    classes: tuple[str, ...] = ()
+    """Names of the labels 0, 1, ..., where the source has them: the sub-folders of images."""
     columns: tuple[str, ...] | None = None
     """P names, where the source has them."""
     image_shape: tuple[int, ...] | None = None

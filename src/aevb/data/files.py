@@ -39,6 +39,7 @@ class Part:
     where: str  # how an error names them
     values: Any  # an array (N,), (N, P), (N, H, W) or (N, H, W, 3), or a sparse matrix (N, P)
     labels: NDArray[Any] | None = None  # (N,)
+    classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they have any
     columns: tuple[str, ...] | None = None  # P names
     named: bool = False  # the names stand in the file; else they were made up
 

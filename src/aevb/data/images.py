@@ -65,6 +65,7 @@ def read_image_folder(folder: Path) -> Source:
             where=f"`{folder / part if apart else folder}`",
             values=images[at : at + len(found)],
             labels=np.array(labels) if labels else None,
+            classes=tuple(classes),
         )
         at += len(found)
     return Source(name=folder.resolve().name, train=made["train"], test=made.get("test"))

@@ -44,8 +44,8 @@ def load(
     - an image: `.png`, `.jpg`, `.jpeg`, `.bmp`, `.tif`, `.tiff` or `.webp`, of 8 bits a channel.
 
     The images of a folder are read in the order of their names, and must have one size. Sub-folders are classes,
-    numbered in the order of their names, unless there are two, called train and test. If one image is in colour, all
-    are read so. Palettes become colours. Transparency is dropped where no pixel uses it, else refused.
+    numbered in the order of their names (`Data.classes`), unless there are two, called train and test. If one image is
+    in colour, all are read so. Palettes become colours. Transparency is dropped where no pixel uses it, else refused.
 
     A row is an image flattened, one in colour as its red, green and blue planes, `(3, H, W)`: what `aevb.nets.ConvNet`
     takes.
@@ -100,6 +100,7 @@ def load(
         test=x_test,
         train_labels=train.labels,
         test_labels=None if test is None else test.labels,
+        classes=stored.train.classes,
         columns=train.columns,
         image_shape=train.image_shape,
         total_count=total_count,

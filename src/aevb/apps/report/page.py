@@ -28,7 +28,7 @@ __all__ = ["write_report"]
 def write_report(
     run: Run, summary: Summary, path: Path, *, test: Tensor | SparseRows, labels: Tensor | None = None,
     image_shape: tuple[int, ...] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
-    target: Target | None = None, seed: int = 0,
+    target: Target | None = None, seed: int = 0, classes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the report of a run to one HTML file, whole or not at all.
 
@@ -45,6 +45,7 @@ def write_report(
             ink, in images of bytes and of colours as full light.
         target: The column that is a node of its own; the others are drawn, and its classes colour the latent space.
         seed: Key of the samples; torch's own generator is not moved.
+        classes: Names of the labels 0, 1, ...; those of a target are known.
 
     Raises:
         InputError: For arguments that do not fit each other, rows the model cannot take, a missing package, or a file
@@ -70,18 +71,19 @@ def write_report(
         raise InputError(
             f"A report needs {error.name}, which is not installed. Install it: pip install 'aevb[apps]'."
         ) from None
-    _check(test, labels, image_shape, columns)
+    _check(test, labels, image_shape, columns, classes)
     beside: dict[str, Tensor] = {}
     if target is not None:
         assert isinstance(test, Tensor)  # a table
         values = target.split(test)
         test, beside = values["x"], {"y": values["y"]}
         columns = None if columns is None else target.others(tuple(columns))
-        labels = values["y"].nan_to_num(-1.0) if target.classes else labels
+        if target.classes:
+            labels, classes = values["y"].nan_to_num(-1.0), [str(label) for label in target.labels]
     seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, beside)
     with style.context(["default", STYLE]):
         shown = pictures.curves(run) | pictures.rise(summary) | pictures.usage(summary, seen)
-        shown |= pictures.latent_map(seen) | {"diagnoses": findings.drawn(summary)}
+        shown |= pictures.latent_map(seen, classes) | {"diagnoses": findings.drawn(summary)}
         if image_shape is None:
             shown |= pictures.columns(seen, columns)
         else:
@@ -102,14 +104,20 @@ def write_report(
 
 
 def _check(
-    test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, ...] | None, columns: Sequence[str] | None
-) -> None:
+    test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, ...] | None,
+    columns: Sequence[str] | None, classes: Sequence[str],
+) -> None:  # fmt: skip
     if test.ndim < 2 or not len(test):
         raise InputError(f"`test` must be (N, P) with at least one row; got shape {tuple(test.shape)}. Give the rows.")
     width = test[:1].numel()
     if labels is not None and labels.shape != test.shape[:1]:
         raise InputError(
             f"`labels` must be ({len(test)},), one a row; got shape {tuple(labels.shape)}. Match the rows."
+        )
+    if labels is not None and classes and int(labels.nan_to_num(-1.0).max()) >= len(classes):
+        raise InputError(
+            f"`classes` must name every label, 0 to {int(labels.nan_to_num(-1.0).max())}; got {len(classes)} names. "
+            "Give one for each."
         )
     if image_shape is not None and math.prod(image_shape) != width:
         raise InputError(

@@ -14,6 +14,7 @@ from aevb.apps.report.drawing import BLUE, CLASSES, GREEN, GREY, MARKERS, ORANGE
 from aevb.apps.report.seen import SAMPLES, TILES, Seen
 from aevb.apps.summary import ACTIVE_ABOVE, Summary
 from aevb.checkpoint import Run
+from aevb.data.files import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,8 +24,8 @@ __all__ = ["columns", "curves", "images", "latent_map", "rise", "usage"]
 
 _DIMS, _COLUMNS = 64, 12
 """Most latent dimensions and columns of a table that are drawn."""
-_FEWEST = 3
-"""Rows, and values in a column, below which nothing is plotted."""
+_FEWEST, _LONGEST = 3, 20
+"""Rows, and values in a column, below which nothing is plotted; letters of a class's name."""
 
 
 def curves(run: Run) -> dict[str, Any]:
@@ -229,27 +230,31 @@ def _against(name: str, across: Array, up: Array, xlabel: str, ylabel: str, note
     return picture(figure, name, f"Column {name}: {ylabel} against {xlabel}, {note}.", note)
 
 
-def latent_map(seen: Seen) -> dict[str, Any]:
-    """Posterior means in the plane."""
+def latent_map(seen: Seen, classes: Sequence[str] = ()) -> dict[str, Any]:
+    """Posterior means in the plane; `classes` are names of the labels 0, 1, ..."""
     rows, width = seen.codes.shape
-    groups = _groups(seen.labels, rows)
+    groups = _groups(seen.labels, rows, classes)
     if not width or rows < _FEWEST:
         return {"map": None, "labelled": False}
     figure, axes = blank(4.2)
     if width == 1:
-        parts = [seen.codes[chosen, 0] for _, chosen, _, _ in groups]
+        parts, names = [seen.codes[chosen, 0] for _, chosen, _, _ in groups], [_verbatim(n) for n, _, _, _ in groups]
         xlabel, ylabel = f"E[{seen.node}|x]", "rows"
-        axes.hist(parts, 30, stacked=True, color=[c for _, _, c, _ in groups], label=[n for n, _, _, _ in groups])
+        axes.hist(parts, 30, stacked=True, color=[c for _, _, c, _ in groups], label=names)
     else:
         points, xlabel, ylabel = _plane(seen)
         for name, chosen, colour, marker in groups:
             x, y = points[chosen].T
-            axes.plot(x, y, marker, color=colour, markersize=5, markeredgewidth=0, label=name, rasterized=True)
+            axes.plot(
+                x, y, marker, color=colour, markersize=5, markeredgewidth=0, label=_verbatim(name), rasterized=True
+            )
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if len(groups) > 1:
-        figure.legend(loc="outside lower center", ncols=6, title="label", handletextpad=0.1, columnspacing=1)
+        ncols = 6 if max(len(name) for name, _, _, _ in groups) < 8 else 3
+        figure.legend(loc="outside lower center", ncols=ncols, title="label", handletextpad=0.1, columnspacing=1)
+    told = f", by label: {', '.join(name for name, _, _, _ in groups)}" if len(groups) > 1 else ""
     return {
-        "map": picture(figure, "Posterior means", f"{ylabel} against {xlabel}, {rows} rows."),
+        "map": picture(figure, "Posterior means", f"{ylabel} against {xlabel}, {rows} rows{told}."),
         "labelled": len(groups) > 1,
     }
 
@@ -266,13 +271,26 @@ def _plane(seen: Seen) -> tuple[Array, str, str]:
     return centred @ (directions[:2] * signs[:, None]).T, first, second
 
 
-def _groups(labels: Array | None, rows: int) -> list[tuple[str, NDArray[np.bool_], str, str]]:
+def _named(label: float, classes: Sequence[str]) -> str:
+    """A label by its class's name, if that is known: one line, not endless."""
+    if not classes:
+        return f"{label:g}"
+    name = shown(classes[int(label)])
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1].rstrip() + "…"
+
+
+def _verbatim(name: str) -> str:
+    """A name as matplotlib's legends show it: no formula, and not left out for an underscore in front."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def _groups(labels: Array | None, rows: int, classes: Sequence[str]) -> list[tuple[str, NDArray[np.bool_], str, str]]:
     """Name, rows, colour and marker by label: the ten most frequent, the others, the unknown."""
     if labels is None:
         return [("rows", np.ones(rows, dtype=bool), BLUE, "o")]
     known = labels >= 0  # NaN is not
     values, counts = np.unique(labels[known], return_counts=True)
     kept = sorted(values[np.argsort(-counts, kind="stable")][: len(CLASSES)])
-    groups = [(f"{v:g}", labels == v, CLASSES[i], MARKERS[i]) for i, v in enumerate(kept)]
+    groups = [(_named(v, classes), labels == v, CLASSES[i], MARKERS[i]) for i, v in enumerate(kept)]
     groups += [("others", known & ~np.isin(labels, kept), GREY, "."), ("unknown", ~known, "#d1d5db", ".")]
     return [group for group in groups if group[1].any()]
