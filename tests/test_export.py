@@ -33,8 +33,8 @@ def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["torch", "onnx"])
-def exported(request: pytest.FixtureRequest, binary: Path) -> Path:
-    folder = binary / str(request.param)
+def exported(request: pytest.FixtureRequest, binary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / str(request.param)  # new each time: it may be made more than once
     told = succeed("export", binary / "run", "--out", folder, "--format", request.param)
     assert [line.split(":")[0].rsplit(".")[0].rsplit("/")[-1] for line in told.splitlines()] == [
         "encoder", "decoder", "scorer",
