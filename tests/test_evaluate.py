@@ -17,10 +17,11 @@ import torch
 import torch.distributions as td
 from scipy import stats
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import aevb
 from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
-from aevb._compiler import can_compile
+from aevb._compiler import _bias_apart, can_compile
 from aevb.apps.summary import UNTRUSTED_ABOVE, summarize
 from aevb.evaluate import pareto_k, rounding
 
@@ -394,6 +395,46 @@ def test_rounding_is_allowed_where_both_errors_hide_it(shift, zigzag, allowed):
     assert found.allowed is allowed
     assert found.change == pytest.approx(float(change.mean()))
     assert found.row_change == pytest.approx(float(change.square().mean().sqrt()))
+
+
+def test_the_sampling_error_that_rounding_is_held_to_is_that_of_all_rows():
+    exact = aevb.log_marginal(model(), {"x": binary(6)}, 100)
+    coarse = dataclasses.replace(exact, log_prob=exact.log_prob + 0.05 * exact.log_prob.std() / math.sqrt(6))
+    wide = dataclasses.replace(exact, std_error=exact.std_error * 100)
+    assert rounding(wide, coarse).allowed
+    assert not rounding(wide, coarse, total=60).allowed
+    one = aevb.log_marginal(model(), {"x": binary(1)}, 100)
+    assert not rounding(one, one).allowed  # no error is known
+
+
+def test_bias_and_product_stand_apart_in_bfloat16():
+    """Same values; a sum with weights of its own stays as it is."""
+
+    def layers(bias: Tensor, table: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return torch.addmm(bias, x, w).tanh(), torch.addmm(table, x, w), torch.addmm(bias, x, w, beta=2.0)
+
+    inputs = (torch.randn(3), torch.randn(5, 3), torch.randn(5, 4), torch.randn(4, 3))
+    traced = make_fx(layers, tracing_mode="fake")(*inputs)
+    addmm, mm = torch.ops.aten.addmm.default, torch.ops.aten.mm.default
+    _bias_apart()(traced.graph)
+    traced.recompile()
+    targets = [node.target for node in traced.graph.nodes]
+    assert (targets.count(addmm), targets.count(mm)) == (1, 2)
+    for found, expected in zip(traced(*inputs), layers(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_compiled_in_bfloat16_as_eagerly():
+    """The same rounded products, summed up in another order; where there is no compiler, eagerly both."""
+    vae, x = model().float(), {"x": binary(9).float()}
+    eager, compiled = (aevb.log_marginal(vae, x, 600, compile=c, precision="bfloat16") for c in (False, True))
+    torch.testing.assert_close(compiled.log_prob, eager.log_prob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compiled.elbo, eager.elbo, rtol=0, atol=1e-4)
+
+
+def test_precision_is_one_of_two():
+    with pytest.raises(InputError, match="`precision` must be one of float32, bfloat16; got 'bf16'"):
+        aevb.log_marginal(model(), {"x": binary(2)}, 10, precision="bf16")
 
 
 def test_rounding_is_of_the_same_rows_and_draws():

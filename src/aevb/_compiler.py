@@ -71,6 +71,8 @@ def _bias_apart() -> Any:
                     total = graph.call_function(torch.ops.aten.add.Tensor, (product, bias))
                 for made in (product, total):
                     made.meta.update(node.meta)
+                if "val" in node.meta:  # a value of its own, or the two would pass for one buffer
+                    product.meta["val"] = torch.empty_like(node.meta["val"])
                 node.replace_all_uses_with(total)
                 graph.erase_node(node)
 
@@ -82,10 +84,15 @@ def _bias_apart() -> Any:
 
 @contextlib.contextmanager
 def products(precision: Precision) -> Iterator[None]:
-    """Matrix products of a precision; torch takes float32 ones where the processor has no units for bfloat16."""
+    """Matrix products of a precision, in the whole process; float32 leaves torch's own setting as it is.
+
+    For bfloat16 torch takes float32 where a processor has no units for it, and TensorFloat32 on a GPU.
+    """
+    if precision == "float32":
+        yield
+        return
     before = torch.get_float32_matmul_precision()
-    if precision == "bfloat16":
-        torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

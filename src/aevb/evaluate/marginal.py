@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 import torch.distributions as td
@@ -48,7 +48,7 @@ class Rounding:
 
     rows: int
     change: float  # of the mean over rows
-    std_error: float  # of that mean: how far another set of so many rows would scatter
+    std_error: float  # of the mean of all rows that are judged: how far another set of as many would scatter
     row_change: float  # of a row's estimate, root of the mean square
     row_error: float  # its Monte-Carlo error, root of the mean square
 
@@ -93,7 +93,8 @@ def log_marginal(
         compile: Compile the pass over both networks (a minute, worth it from some ten million draws on); without a C++
             compiler, or where some noise is not normal, it runs as ever. The figures agree to rounding (of tanh: 2e-7).
         precision: Of float32 matrix products; bfloat16 is faster where the processor has units for it, and has no
-            effect elsewhere. Densities stay in float32. What it changes is for `rounding` to say.
+            effect elsewhere (on a GPU: TensorFloat32). Densities stay in float32. What it changes is for `rounding` to
+            say. It is a setting of the whole process, put back at the end: not for calls in several threads.
         progress: Called with the number of rows finished since the last call.
 
     Returns:
@@ -112,6 +113,10 @@ def log_marginal(
         >>> bool((marginal.log_prob >= marginal.elbo).all()), marginal.samples
         (True, 100)
     """
+    if precision not in get_args(Precision):
+        raise InputError(
+            f"`precision` must be one of {', '.join(get_args(Precision))}; got {precision!r}. Choose one of the two."
+        )
     with products(precision):
         columns = stream(
             vae,
@@ -145,11 +150,17 @@ def log_marginal(
     )
 
 
-def rounding(exact: Marginal, coarse: Marginal) -> Rounding:
+def rounding(exact: Marginal, coarse: Marginal, total: int | None = None) -> Rounding:
     """What `coarse`, the estimates with `precision="bfloat16"`, changes of `exact`, those of the same rows and draws.
 
     It is allowed where the mean changes by less than a tenth of its sampling error, and a row (root of the mean square)
-    by less than its Monte-Carlo error.
+    by less than its Monte-Carlo error. An error that is not known, of one row or one draw, hides nothing.
+
+    Args:
+        exact: Estimates in float32.
+        coarse: Those in bfloat16.
+        total: Rows that are to be judged in all, if these are some of them: the change of the mean is no smaller for
+            more rows, and its sampling error is.
 
     Raises:
         InputError: If the two are not of as many rows and draws.
@@ -175,7 +186,7 @@ def rounding(exact: Marginal, coarse: Marginal) -> Rounding:
     return Rounding(
         rows=rows,
         change=float(change.mean()),
-        std_error=float(exact.log_prob.std()) / math.sqrt(rows) if rows > 1 else math.nan,
+        std_error=float(exact.log_prob.std()) / math.sqrt(total or rows) if rows > 1 else math.nan,
         row_change=float(change.square().mean().sqrt()),
         row_error=float(exact.std_error.square().mean().sqrt()),
     )

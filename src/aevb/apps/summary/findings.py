@@ -92,18 +92,23 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
 
 def of_rounding(found: Rounding, total: int) -> Finding:
     """What matrix products in bfloat16 change of log p, for some rows of `total`, and whether they were kept to."""
-    verdict = (
-        "The change is lost in the errors: all rows were evaluated with them."
-        if found.allowed
-        else "The change is not lost in the errors (a tenth of that of the mean, and a row's own): all rows were "
-        "evaluated in float32."
-    )
+    if not found.row_change:
+        verdict = "They have no effect on this machine and model: all rows were evaluated in float32."
+    elif found.allowed:
+        verdict = "The change is lost in the errors: all rows were evaluated with them."
+    elif not math.isfinite(found.std_error + found.row_error):
+        verdict = "The errors are not known, and hide no change: all rows were evaluated in float32."
+    else:
+        verdict = (
+            "The change is not lost in the errors (a tenth of that of the mean, and a row's own): all rows were "
+            "evaluated in float32."
+        )
     mean, row = (f"{figure:.2g}" for figure in (found.change, found.row_change))
     return Finding(
         title="Matrix products in bfloat16",
         facts=(
             ("rows", f"{found.rows} of {total}, evenly spaced, same draws in float32 beside"),
-            ("change of the mean", f"{mean} nats; its sampling error {found.std_error:.2g}"),
+            ("change of the mean", f"{mean} nats; sampling error of the mean of all rows {found.std_error:.2g}"),
             ("change of a row", f"{row} nats, root of the mean square; its Monte-Carlo error {found.row_error:.2g}"),
         ),
         meaning=(verdict,),
