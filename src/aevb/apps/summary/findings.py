@@ -104,10 +104,11 @@ def of_rounding(found: Rounding, total: int) -> Finding:
             "evaluated in float32."
         )
     mean, row = (f"{figure:.2g}" for figure in (found.change, found.row_change))
+    rows = f"{total}, all" if found.rows == total else f"{found.rows} of {total}, evenly spaced"
     return Finding(
         title="Matrix products in bfloat16",
         facts=(
-            ("rows", f"{found.rows} of {total}, evenly spaced, same draws in float32 beside"),
+            ("rows", f"{rows}, same draws in float32 beside"),
             ("change of the mean", f"{mean} nats; sampling error of the mean of all rows {found.std_error:.2g}"),
             ("change of a row", f"{row} nats, root of the mean square; its Monte-Carlo error {found.row_error:.2g}"),
         ),
