@@ -90,7 +90,8 @@ def main() -> None:
         aevb.log_marginal(vae, few, samples=options.samples, compile=True, precision=each)
         for each in ("float32", "bfloat16")
     )
-    print(f"bfloat16 in evaluation, on some of these images: {rounding(exact, coarse)}")
+    rounded = rounding(exact, coarse, len(data.test))
+    print(f"bfloat16 in evaluation, on some of these images: {rounded}, allowed: {rounded.allowed}")
     plot(curve, mean, FOLDER / "time_to_quality.svg")
     named = ("seed", "epochs", "batch", "rate", "average", "objective", "draws", "gradient", "precision")
     row = {name: getattr(options, name) for name in named}

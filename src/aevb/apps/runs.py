@@ -72,8 +72,9 @@ def evaluate_run(
     marginal = None
     if precision != "float32":
         found, by_precision = _rounding(run, rows, precision, quiet, settings)
-        fresh[_ROUNDING] = of_rounding(found, len(rows))
-        precision = precision if found.allowed and found.row_change else "float32"
+        coarse = found.allowed and found.row_change > 0
+        fresh[_ROUNDING] = of_rounding(found, len(rows), kept=coarse)
+        precision = precision if coarse else "float32"
         marginal = by_precision[precision]
     if marginal is None or len(marginal.log_prob) < len(rows):
         with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:

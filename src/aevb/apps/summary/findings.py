@@ -90,12 +90,12 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
     )
 
 
-def of_rounding(found: Rounding, total: int) -> Finding:
-    """What matrix products in bfloat16 change of log p, for some rows of `total`, and whether they were kept to."""
-    if not found.row_change:
-        verdict = "They have no effect on this machine and model: all rows were evaluated in float32."
-    elif found.allowed:
+def of_rounding(found: Rounding, total: int, *, kept: bool) -> Finding:
+    """What matrix products in bfloat16 change of log p, for some rows of `total`; whether all were `kept` to them."""
+    if kept:
         verdict = "The change is lost in the errors: all rows were evaluated with them."
+    elif not found.row_change:
+        verdict = "They have no effect on this machine and model: all rows were evaluated in float32."
     elif not math.isfinite(found.std_error + found.row_error):
         verdict = "The errors are not known, and hide no change: all rows were evaluated in float32."
     else:
