@@ -13,6 +13,7 @@ from scipy import sparse, stats
 import aevb
 from aevb.config import InputError
 from aevb.data import SparseRows, load, read_rows
+from aevb.evaluate.path import Path as Annealing
 from test_cli import refuse, succeed
 
 FAST = ["--steps", "40", "--hidden", "8", "--latents", "2", "--validate-every", "20", "--log-every", "20"]
@@ -185,6 +186,20 @@ def test_an_observed_library_is_the_sum_of_the_row_everywhere():
     assert vae.p.sample(2, {"library": torch.zeros(2, 1)})["x"].shape == (2, 8)
 
 
+def test_annealing_knows_what_q_computes_of_the_row():
+    """log p(x, z | library) along the path is that with the same library given as context."""
+    torch.manual_seed(0)
+    x = torch.from_numpy(counts(6)).float()
+    config = aevb.ModelConfig(features=8, likelihood="negative-binomial", library="observed", latents=2, hidden=(4,))
+    vae = aevb.build_vae(config, x)
+    given = aevb.VAE(vae.p, aevb.BayesNet({"z | x": vae.q.conditional("z")}), given="library")
+    values = {"x": x, "library": x.sum(1, keepdim=True).clamp(min=1).log()}
+    u = torch.randn(3, 6, 2)
+    with torch.no_grad():
+        own, told = (Annealing(v, seen, {"z": u.shape[2:]}, "prior") for v, seen in ((vae, {"x": x}), (given, values)))
+        torch.testing.assert_close(own.log_joint(u), told.log_joint(u))
+
+
 def test_p_takes_no_computed_value_that_hangs_on_a_latent():
     p = {"z": aevb.StandardNormal(1), "x | z, h": aevb.Normal(aevb.MLP(2, [], 1), 1)}
     q = {"z | x": aevb.DiagonalNormal(aevb.MLP(1, [], 2)), "h | z": aevb.Deterministic(aevb.MLP(1, [], 1))}
@@ -261,6 +276,7 @@ def test_codes_samples_and_report_of_counts(trained, tmp_path):
     assert 0.5 < np.log(drawn.clip(1)).mean() / np.log(counts().sum(1).clip(1)).mean() < 2
     succeed("report", run, "--samples", 20)
     assert "simulates rows" in refuse("evaluate", run, "--samples", 20, "--also", "checks")
+    assert "mutual information" in succeed("evaluate", run, "--samples", 20, "--also", "information")
 
 
 def test_runs_given_other_things_are_not_compared(trained, tmp_path):

@@ -10,10 +10,10 @@ import torch
 import torch.distributions as td
 from torch import Tensor
 
-from aevb._shapes import evenly
+from aevb._shapes import Values, evenly
 from aevb.apps.progress import rows_done
 from aevb.apps.summary import Finding, of_annealing, of_calibration, of_checks, of_gaps, of_information
-from aevb.bayesnet import VAE
+from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating
 from aevb.config import InputError
 from aevb.data import SparseRows
@@ -32,6 +32,10 @@ _PRIOR_DRAWS, _HISTOGRAMS, _BINS, _MATRIX, _POINTS = 20_000, 12, 40, 4, 500
 """Draws of a prior without closed-form marginals; dimensions and bins of histograms; dimensions and points in pairs."""
 
 
+def _x_alone(rows: Tensor) -> Values:
+    return {"x": rows}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
     """What is diagnosed."""
@@ -45,6 +49,7 @@ class Subject:
     columns: Sequence[str] | None  # names of the P columns
     seed: int
     quiet: bool  # no progress bars
+    nodes: Callable[[Tensor], Values] = _x_alone  # of the model, in rows (n, P)
 
     def some(self, most: int) -> Tensor:
         """Positions of at most `most` rows, evenly spaced: data are often sorted; of sparse ones few at a time."""
@@ -52,8 +57,19 @@ class Subject:
             most = min(most, len(self.rows.split()[0]))
         return evenly(len(self.rows), most)
 
+    def values(self, kept: Tensor) -> Values:
+        """The nodes in rows at these positions."""
+        return self.nodes(self.rows[kept])
 
-def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, temperatures: int) -> None:
+    def given(self, kept: Tensor) -> Values:
+        """Of the nodes those that the model is given."""
+        return {name: value for name, value in self.values(kept).items() if name in self.vae.given}
+
+
+def check(
+    vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, temperatures: int,
+    nodes: Callable[[Tensor], Values] = _x_alone,
+) -> None:  # fmt: skip
     """Raise what the diagnoses would raise after minutes, before anything is computed.
 
     Raises:
@@ -81,16 +97,17 @@ def check(vae: VAE, rows: Tensor | SparseRows, names: Sequence[str], few: int, t
     if needy and not any(node in vae.p.nodes and not vae.q.computes(node) for node in vae.q.nodes):
         raise InputError(f"The model has no latents, so that `{needy[0]}` tells nothing of it. `checks` does.")
     if {"ais", "gaps"} & set(names):  # importance sampling of one row raises what annealing would
-        ais(vae, {"x": rows[:1]}, chains=1, temperatures=1, leapfrogs=1)
+        ais(vae, nodes(rows[:1]), chains=1, temperatures=1, leapfrogs=1)
 
 
 def _annealing(subject: Subject) -> Finding:
     kept = subject.some(subject.few)
     settings: dict[str, Any] = {"temperatures": subject.temperatures, "seed": subject.seed}
     with rows_done(f"annealing, {subject.temperatures} temperatures", len(kept), subject.quiet) as progress:
-        lower = ais(subject.vae, {"x": subject.rows[kept]}, **settings, progress=progress)
+        lower = ais(subject.vae, subject.values(kept), **settings, progress=progress)
     with rows_done("annealing simulated rows, both ways", 2 * len(kept), subject.quiet) as progress:
-        bracket = bidirectional(subject.vae, len(kept), **settings, progress=progress)
+        given = subject.given(kept)
+        bracket = bidirectional(subject.vae, len(kept), given=given, **settings, progress=progress)
     return of_annealing(subject.log_prob[kept], subject.samples, len(subject.rows), lower, bracket)
 
 
@@ -99,7 +116,7 @@ def _gaps(subject: Subject) -> Finding:
     with rows_done("inference gaps, three rounds", 3 * len(kept), subject.quiet) as progress:
         found = inference_gaps(
             subject.vae,
-            {"x": subject.rows[kept]},
+            subject.values(kept),
             samples=subject.samples,
             temperatures=subject.temperatures,
             seed=subject.seed,
@@ -109,19 +126,20 @@ def _gaps(subject: Subject) -> Finding:
 
 
 def _information(subject: Subject) -> Finding:
-    values = {"x": subject.rows[subject.some(_PAIRED_ROWS)]}
+    values = subject.values(subject.some(_PAIRED_ROWS))
     found = information(subject.vae, values, seed=subject.seed)
     drawn = aggregated(subject.vae, values, seed=subject.seed)
     return of_information(found, len(subject.rows), _aggregate(subject, found, drawn))
 
 
 def _calibration(subject: Subject) -> Finding:
-    return of_calibration(simulation_based_calibration(subject.vae, seed=subject.seed))
+    given = subject.given(subject.some(_PAIRED_ROWS))
+    return of_calibration(simulation_based_calibration(subject.vae, given=given, seed=subject.seed))
 
 
 def _checks(subject: Subject) -> Finding:
-    rows = subject.rows[subject.some(len(subject.rows))]
-    found = predictive_check(subject.vae, {"x": rows}, seed=subject.seed)
+    values = subject.values(subject.some(len(subject.rows)))
+    found = predictive_check(subject.vae, values, seed=subject.seed)
     return of_checks(found, len(subject.rows), subject.columns)
 
 
@@ -149,7 +167,7 @@ def _aggregate(subject: Subject, found: Information, drawn: dict[str, Tensor]) -
     order = (kl if splits else spread).argsort(descending=True, stable=True)[:_HISTOGRAMS]
     with evaluating(subject.vae), torch.random.fork_rng():
         torch.manual_seed(subject.seed)
-        prior = subject.vae.p.sample(_PRIOR_DRAWS)[node].flatten(1).double().cpu()
+        prior = _above(subject.vae.p, node).sample(_PRIOR_DRAWS)[node].flatten(1).double().cpu()
         gaussian = _gaussian(subject.vae, node)
     histograms = []
     for j in order.tolist():
@@ -175,6 +193,14 @@ def _aggregate(subject: Subject, found: Information, drawn: dict[str, Tensor]) -
         "prior_points": prior[: len(points)][:, top],
         "gaussian": None if gaussian is None else {"loc": gaussian[0][top], "scale": gaussian[1][top]},
     }
+
+
+def _above(p: BayesNet, node: str) -> BayesNet:
+    """The part of p that draws a node: rows may need what is given, and a latent does not."""
+    needed = {node}
+    for each in reversed(p.nodes):
+        needed |= set(p.parents[each]) if each in needed else set()
+    return BayesNet({key: p.conditional(each) for each, key in zip(p.nodes, p.keys, strict=True) if each in needed})
 
 
 def _gaussian(vae: VAE, node: str) -> tuple[Tensor, Tensor] | None:

@@ -58,6 +58,7 @@ class Path:
         self.rows, self.holes = rows_of(observed), holes_in(observed)
         self.values = dict(observed)  # and what is computed from them alone
         self.fixed: dict[tuple[BayesNet, str], td.Distribution] = {}
+        self._fix(vae.q, [node for node in vae.drawing_order(()) if node in vae.q.nodes])  # the context that q computes
         self.p_nodes, self.constant = self._fix(vae.p, vae.p.nodes)
         above = [n for n in vae.drawing_order(latents) if n in vae.q.nodes] if start == "posterior" else []
         self.q_nodes, _ = self._fix(vae.q, above)
