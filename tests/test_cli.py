@@ -28,7 +28,8 @@ import torch
 from PIL import Image
 
 from aevb import load
-from aevb.apps.cli import _model_flags, main
+from aevb.apps.cli import main
+from aevb.apps.flags import model_flags
 from aevb.apps.runs import model_config
 from aevb.config import InputError, ModelConfig
 from aevb.data import Data
@@ -361,7 +362,7 @@ def test_holes_in_images_are_seen_and_filled_in(tmp_path) -> None:
 
 
 def _config(data: Data, **flags: object) -> ModelConfig:
-    return model_config(dataclasses.asdict(_model_flags()()) | flags, data)
+    return model_config(dataclasses.asdict(model_flags()()) | flags, data)
 
 
 def test_bytes_are_no_floats(tmp_path) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluate", "checkpoint", "factors"},
     {"pretrained", "training"},
     {"data"},
-    {"apps.summary", "apps.progress", "apps.loggers"},
+    {"apps.summary", "apps.progress", "apps.loggers", "apps.flags"},
     {"apps.diagnoses"},
     {"apps.check", "apps.estimator", "apps.report", "apps.runs", "apps.shards", "apps.versus"},
     {"apps.card", "apps.tables", "apps.train"},

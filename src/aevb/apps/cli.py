@@ -5,25 +5,24 @@ What a verb needs is imported when the verb runs, so that `aevb --help` answers 
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import os
 import sys
 import warnings
-from inspect import getsource
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Literal
 
 try:
     import tyro
 except ModuleNotFoundError:
     sys.exit("aevb: the command line needs a few more packages. Install them: pip install 'aevb[apps]'")
 
+from aevb.apps.flags import ModelFlags
 from aevb.apps.loggers import Tracker
 from aevb.apps.runs import EVALUATION, data_of, diagnose_run, evaluate_run, judged, open_run, schema_of, test_rows
 from aevb.apps.train import Stopped, go_on, start
-from aevb.config import InputError, ModelConfig, Precision, TrainConfig
+from aevb.config import InputError, Precision, TrainConfig
 
 if TYPE_CHECKING:
     from aevb.apps.summary import Summary
@@ -71,44 +70,6 @@ def main() -> None:
         sys.exit(130)
 
 
-_AUTO = {
-    "likelihood": "mixed for a table whose columns have names; else counts with a known limit, zeros and ones, bytes "
-    "of an image (discretized-logistic), or real values, as the data are",
-    "library": "observed for a sparse matrix, else none",
-    "net": "convolutional for images of bytes, from 16 pixels a side on, without --hidden or --posterior product; "
-    "else plain",
-}
-"""What the data decide where a flag does not."""
-
-
-def _model_flags() -> type:
-    """The fields of `ModelConfig` that the data do not decide, with their docstrings as help."""
-    body = ast.parse(getsource(ModelConfig)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    told = {}
-    for line, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(text, ast.Expr):
-            told[line.target.id] = str(ast.literal_eval(text.value))
-    hints = get_type_hints(ModelConfig)
-    made: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(ModelConfig):
-        if field.name in ("features", "kinds", "image", "target"):
-            continue
-        kind, default, metavar = hints[field.name], field.default, "INT" if field.name == "total_count" else None
-        if field.name in _AUTO:
-            kind, default = Literal["auto", *get_args(kind)], "auto"
-            told[field.name] += f" auto: {_AUTO[field.name]}."
-        about = tyro.conf.arg(help=told[field.name], metavar=metavar)
-        made.append((field.name, Annotated[kind, about], dataclasses.field(default=default)))
-    return dataclasses.make_dataclass("Model", made, frozen=True, kw_only=True)
-
-
-if TYPE_CHECKING:
-    _ModelFlags = Any
-else:
-    _ModelFlags = _model_flags()
-
-
 def inspect(
     file: Annotated[str, tyro.conf.Positional],
     column: _Columns = (),
@@ -153,7 +114,7 @@ def train(
     devices: int = 1,
     nodes: int = 1,
     tracker: tuple[Tracker, ...] = (),
-    model: _ModelFlags = _ModelFlags(),  # noqa: B008
+    model: ModelFlags = ModelFlags(),  # noqa: B008
     training: TrainConfig = TrainConfig(),  # noqa: B008
 ) -> None:
     """Train a model on DATA and save the run.
@@ -185,7 +146,7 @@ def train(
 
     if resume is not None:
         told = (data, out, target, objective, binarize, drop_constant, layer, column, schema, model, training)
-        if told != ("", None, "", "elbo", "none", False, "", (), None, _ModelFlags(), TrainConfig()):
+        if told != ("", None, "", "elbo", "none", False, "", (), None, ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         go_on(resume, devices, nodes, tracker)
         return
