@@ -210,6 +210,9 @@ class ModelConfig(_Checked):
     or one bent by a normalizing flow."""
     flow_layers: int = 4
     """Layers of the flow, in posterior and prior."""
+    batches: int = 0
+    """Batches that the rows are of, one-hot (donors, plates); the model is then p(z) p(x | z, batch) with q(z | x,
+    batch), and its figures are log p(x | batch). 0 for none."""
     holes: bool = False
     """Let the encoder see which entries are missing (NaN); on by itself where the data have any."""
 
@@ -242,6 +245,7 @@ class ModelConfig(_Checked):
             )
         self._check_kinds()
         self._check_image()
+        self._check_batches()
         spread = ("normal", "student-t", "negative-binomial", "zero-inflated")
         if self.noise != "dimension" and self.likelihood not in spread:
             raise InputError(
@@ -285,6 +289,18 @@ class ModelConfig(_Checked):
                 "`prior` vamp learns inputs that look like data, which codes of categories cannot; with likelihood "
                 "mixed use mixture or flow."
             )
+
+    def _check_batches(self) -> None:
+        self._check("batches", "0, or at least 2", self.batches == 0 or self.batches >= 2, "One tells nothing apart.")
+        lost = {
+            "likelihood": ("mixed",), "posterior": ("product",), "prior": ("vamp",), "net": ("convolutional",),
+        }  # fmt: skip
+        for name, choices in lost.items():
+            if self.batches and (got := getattr(self, name)) in choices:
+                raise InputError(
+                    f"`batches` stand beside x in the networks, which `{name}` {got} has no place for. Choose another "
+                    f"{name}, or leave the batch out."
+                )
 
     def _check_image(self) -> None:
         default = {field.name: field.default for field in dataclasses.fields(self)}

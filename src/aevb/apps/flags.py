@@ -23,7 +23,7 @@ _AUTO = {
 """What the data decide where a flag does not."""
 
 
-_DECIDED = ("features", "kinds", "image", "target")
+_DECIDED = ("features", "kinds", "image", "target", "batches")
 """What the data alone decide, or a flag that names something in them."""
 
 

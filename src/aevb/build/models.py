@@ -43,23 +43,28 @@ __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | None = None) -> VAE:
     r"""The model p(z) p(x | z) with q(z | x) that `config` tells, or p(y) p(z) p(x | y, z) with q(y | x) q(z | x, y).
 
+    With `batches`, p(z) p(x | z, batch) with q(z | x, batch), the batch a one-hot vector that is given.
+
     Args:
         config: What to build.
-        x: Training rows `(N, features)`, NaN for missing. Where given, the likelihood starts at their mean
-            (Burda et al., 2016, start the output biases so), the encoder sees them standardised, and pseudo-inputs of
-            a vamp prior start at some of them. `aevb.data.SparseRows` are looked at part by part.
+        x: Training rows `(N, features)`, NaN for missing; one-hot columns of their batches may stand behind. Where
+            given, the likelihood starts at their mean (Burda et al., 2016, start the output biases so), the encoder
+            sees them standardised, and pseudo-inputs of a vamp prior start at some of them. `aevb.data.SparseRows` are
+            looked at part by part.
         y: The target in these rows, codes of classes or numbers, `(N,)`, NaN for missing. Where given, p(y) and
             q(y | x) start at its shares, or at its mean and spread.
 
     Returns:
-        A model with nodes `z` and `x`, `library` where the configuration has one, and `y` where it has a target;
-        weights from torch's current generator.
+        A model with nodes `z` and `x`, `library` where the configuration has one, and `y` where it has a target; with
+        the context `batch`, `(N, batches)`, where it has batches. Weights from torch's current generator.
 
     Example:
         >>> build_vae(ModelConfig(features=64, likelihood="binomial", total_count=16)).p.keys
         ('z', 'x | z')
+        >>> build_vae(ModelConfig(features=9, likelihood="negative-binomial", library="observed", batches=3)).p.keys
+        ('z', 'x | z, batch, library')
     """
-    if x is not None and x.shape[1:] != (config.features,):
+    if x is not None and x.shape[1:] not in ((config.features,), (config.features + config.batches,)):
         raise InputError(f"`x` must be (N, {config.features}) as `features` says; got shape {tuple(x.shape)}.")
     target = TargetStart.of(config, y) if config.target else None
     start = replace(start_of(config, x), target=target)
@@ -71,17 +76,18 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | N
         vae = semi_supervised(y=target.prior(), z=prior, x=likelihood, judge=judge, encoder=posterior)
         vae.config = config
         return vae
-    p: dict[str, nn.Module] = {"z": prior, "x | z": likelihood}
-    q: dict[str, nn.Module] = {"z | x": posterior}
-    if config.library != "none":
-        p = {"z": prior, "x | z, library": likelihood}
-        size = LogTotal(loc=start.size[0], scale=start.size[1])
-        q["library | x"] = Deterministic(size) if config.library == "observed" else _size_of(config, start)
+    batch = ", batch" if config.batches else ""
+    library = ", library" if config.library != "none" else ""
+    p: dict[str, nn.Module] = {"z": prior, f"x | z{batch}{library}": likelihood}
+    q: dict[str, nn.Module] = {f"z | x{batch}": posterior}
+    if config.library == "observed":
+        q["library | x"] = Deterministic(LogTotal(loc=start.size[0], scale=start.size[1]))
     if config.library == "latent":
+        q[f"library | x{batch}"] = _size_of(config, start)
         sizes = LearnedNormal(1, start.size[1])
         torch.nn.init.constant_(sizes.loc, start.size[0])
         p["library"] = sizes
-    vae = VAE(BayesNet(p), BayesNet(q))
+    vae = VAE(BayesNet(p), BayesNet(q), given=("batch",) if config.batches else ())
     vae.config = config
     return vae
 
@@ -93,7 +99,7 @@ def _bernoulli(config: ModelConfig, start: Start) -> nn.Module:
 def _autoregressive(config: ModelConfig, start: Start) -> nn.Module:
     hidden = config.hidden[-1:]
     # Biases of a masked net, which is none of convolutions, whatever the encoder is.
-    net = _mlp(config, config.latents, config.hidden[::-1], sum(hidden) + config.features)
+    net = _mlp(config, config.latents + config.batches, config.hidden[::-1], sum(hidden) + config.features)
     with torch.no_grad():
         net.last.bias[-config.features :].copy_(logits(start.mean))
     return AutoregressiveBernoulli(net, config.features, hidden, config.activation)
@@ -258,7 +264,7 @@ _FEW = -3.0
 
 def _size_of(config: ModelConfig, start: Start) -> nn.Module:
     """q(library | x): the sum of the row, corrected by a net."""
-    net = _mlp(config, config.features, config.hidden[-1:], 2)
+    net = _mlp(config, config.features + config.batches, config.hidden[-1:], 2)
     with torch.no_grad():
         net.last.weight.zero_()
         net.last.bias.copy_(torch.tensor([0.0, _FEW]))
@@ -280,10 +286,10 @@ def _encoder(config: ModelConfig, outputs: int, start: Start) -> nn.Module:
 
 
 def _seeing(config: ModelConfig, outputs: int) -> MLP | ConvNet:
-    """A net from x, beside which stands its mask where there may be holes."""
+    """A net from x, and its batch, beside which stand their masks where there may be holes."""
     sides = 2 if config.holes else 1
     if config.net != "convolutional":
-        return _mlp(config, sides * config.features, config.hidden, outputs)
+        return _mlp(config, sides * (config.features + config.batches), config.hidden, outputs)
     channels, height, width = config.image
     image = (sides * channels, height, width)
     return ConvNet(image, config.channels, outputs, config.activation, batch_norm=config.batch_norm)
@@ -306,7 +312,7 @@ def _with_y(net: nn.Module, start: Start) -> nn.Module:
 
 
 def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None, beside: int = 0) -> MLP | TransposedConvNet:
-    """A net from z, after parents of width `beside`, whose first output biases are `bias`."""
+    """A net from z, after parents of width `beside` and before its batch, whose first output biases are `bias`."""
     net: MLP | TransposedConvNet
     if config.net == "convolutional":
         channels, height, width = config.image
@@ -314,7 +320,7 @@ def _decoder(config: ModelConfig, outputs: int, bias: Tensor | None = None, besi
         reverse = config.channels[::-1]
         net = TransposedConvNet(config.latents, reverse, image, config.activation, batch_norm=config.batch_norm)
     else:
-        net = _mlp(config, config.latents + beside, config.hidden[::-1], outputs)
+        net = _mlp(config, beside + config.latents + config.batches, config.hidden[::-1], outputs)
     if bias is not None:
         with torch.no_grad():
             net.last.bias[: len(bias)].copy_(bias)

@@ -23,7 +23,7 @@ class Rows(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """(N, features)."""
+        """(N, features), or wider."""
         ...
 
     def split(self) -> list[Tensor]:
@@ -51,11 +51,12 @@ class Start:
 
 
 def start_of(config: ModelConfig, x: Tensor | Rows | None) -> Start:
-    """What rows `(N, features)`, NaN for missing, tell; without any, what is usual."""
+    """What rows `(N, features)`, NaN for missing, tell; without any, what is usual. Columns behind tell nothing."""
     if x is None:
         counts = 0.5 * config.total_count if config.total_count is not None else 1.0
         centre = _CENTRE.get(config.likelihood, counts)
         return Start(mean=torch.full((config.features,), centre), scale=torch.ones(config.features), rows=None)
+    x = x[:, : config.features] if isinstance(x, Tensor) else x
     if not isinstance(x, Tensor) or config.library != "none":
         return _start_in_parts(config, x)
     if config.kinds:
@@ -103,7 +104,7 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
     parts = torch.arange(x.shape[0]).split(_ROWS) if isinstance(x, Tensor) else x.split()
     sums, totals = torch.zeros(3, config.features, dtype=torch.float64), []
     for part in parts:
-        values = x[part].to(torch.float64)
+        values = x[part][:, : config.features].to(torch.float64)
         shown = values.log1p() if config.library != "none" else values
         sums += torch.stack([values.sum(0), shown.sum(0), shown.square().sum(0)])
         totals.append(values.sum(1))
@@ -122,7 +123,7 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
     return Start(
         mean=mean.to(dtype),
         scale=torch.where(scale == 0, 1.0, scale).to(dtype),
-        rows=x[some].to(dtype),
+        rows=x[some][:, : config.features].to(dtype),
         centre=centre.to(dtype),
         size=(float(sizes.mean()), max(float(sizes.std(correction=0)), 1e-2)),
     )

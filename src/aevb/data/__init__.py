@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from aevb.data.annotated import write_h5ad
+from aevb.data.batch import Batch
 from aevb.data.binary import Binarize, Binarized
 from aevb.data.blocks import Blocks, open_array, open_shards
 from aevb.data.coding import decode, encode, widened
@@ -18,6 +19,7 @@ from aevb.data.target import Target
 from aevb.data.writing import check_destination, write_frame, write_rows
 
 __all__ = [
+    "Batch",
     "Binarize",
     "Binarized",
     "Blocks",

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from aevb.config import InputError
-from aevb.data.files import Part, Source, listed, opened, parsing
+from aevb.data.files import Part, Source, listed, opened, parsing, shown
 from aevb.data.sparse import from_parts
 
 __all__ = ["SUFFIX", "read_h5ad", "write_h5ad"]
@@ -27,11 +27,16 @@ SUFFIX = ".h5ad"
 _MATRIX = "X"
 
 
-def read_h5ad(path: Path, layer: str = "") -> Source:
+def read_h5ad(path: Path, layer: str = "", batch: str = "") -> Source:
     """The matrix X of an AnnData file, or one of its layers, `raw` among them; columns have the names of `var`.
 
+    Args:
+        path: The file.
+        layer: The matrix to read in place of X.
+        batch: The column of `obs` that names each row's batch.
+
     Raises:
-        InputError: If it is no such file, has no such matrix, or h5py is not installed.
+        InputError: If it is no such file, has no such matrix or column, or h5py is not installed.
     """
     h5py = _h5py()
     with opened(path):
@@ -47,8 +52,9 @@ def read_h5ad(path: Path, layer: str = "") -> Source:
                 f"{listed(had) if had else 'none'}. Name one of them with --layer, or write the file with AnnData."
             )
         names = _names(home["var"], where)
+        batches = _batches(file, batch, where) if batch else None
         return Source(name=path.name, train=Part(where=where, values=_matrix(home[place], where), columns=names,
-                                                 named=names is not None))  # fmt: skip
+                                                 named=names is not None, batches=batches))  # fmt: skip
 
 
 def _h5py() -> Any:
@@ -71,6 +77,43 @@ def _matrix(stored: Any, where: str) -> Any:
     return from_parts({**parts, "shape": np.asarray(shape)}, form, where)
 
 
+def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
+    """A column of `obs` as text, None where it is missing: of categories, text, booleans or whole numbers."""
+    table = file["obs"]
+    if "column-order" not in getattr(table, "attrs", {}):
+        raise InputError(
+            f"{where} is of the time before AnnData 0.7, whose columns of .obs are not read. Read and write it with a "
+            "newer AnnData first."
+        )
+    if column not in table or column == table.attrs["_index"]:
+        had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
+        raise InputError(
+            f"{where} has no column `{shown(column)}` in .obs, which is to name each row's batch; it has "
+            f"{listed(had) if had else 'none'}. Name one of them, or add it: adata.obs[{column!r}] = ..."
+        )
+    stored, missing, allowed = table[column], None, "biufOSU"
+    if "categories" in stored.attrs:  # of AnnData 0.7, by reference
+        values, codes = file[stored.attrs["categories"]][:], stored[:]
+    elif hasattr(stored, "keys") and "categories" in stored:
+        kept = stored["categories"]
+        values, codes = (kept["values"] if hasattr(kept, "keys") else kept)[:], stored["codes"][:]
+    else:
+        values, allowed = (stored["values"] if hasattr(stored, "keys") else stored)[:], "biuOSU"
+        codes, missing = np.arange(len(values)), stored["mask"][:] if hasattr(stored, "keys") else None
+    if values.dtype.kind not in allowed:
+        raise InputError(
+            f"{where}: .obs[{column!r}] holds {values.dtype}, and a batch is a category, text, a boolean or a whole "
+            f"number. Make it one: adata.obs[{column!r}] = adata.obs[{column!r}].astype('category')."
+        )
+    names = [_text(value) or None for value in values]
+    gone = codes < 0 if missing is None else missing
+    return tuple(None if gap else names[code] for code, gap in zip(codes.tolist(), gone.tolist(), strict=True))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
 def _names(var: Any, where: str) -> tuple[str, ...] | None:
     """Names of the columns; none where the file is of the time before AnnData 0.7."""
     if "_index" not in getattr(var, "attrs", {}) or not hasattr(var, "keys"):
@@ -78,7 +121,7 @@ def _names(var: Any, where: str) -> tuple[str, ...] | None:
     stored = var[var.attrs["_index"]]
     if hasattr(stored, "keys"):  # a nullable array of strings
         stored = stored["values"]
-    names = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in stored[:])
+    names = tuple(map(_text, stored[:]))
     if len(set(names)) < len(names):
         double = [name for name in dict.fromkeys(names) if names.count(name) > 1] if len(names) < 10_000 else []
         raise InputError(
@@ -144,7 +187,7 @@ def _append(file: Any, source: Path, obsm: dict[str, Any], obs: dict[str, Any]) 
     if obs:
         import h5py
 
-        order = [name.decode() if isinstance(name, bytes) else str(name) for name in table.attrs["column-order"]]
+        order = [*map(_text, table.attrs["column-order"])]
         table.attrs.create("column-order", np.array([*order, *obs], dtype=object), dtype=h5py.string_dtype())
 
 

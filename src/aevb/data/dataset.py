@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from aevb.config import InputError
+from aevb.data.batch import Batch
 from aevb.data.binary import Binarize, Binarized, check_binarize
 from aevb.data.sparse import SparseRows
 from aevb.data.target import Target
@@ -36,7 +37,8 @@ class Data:
     name: str
     """The source's name, without its folder."""
     train: Tensor | SparseRows
-    """`(N, P)`: uint8 where the file has bytes, else float; NaN is missing. With binarize "epoch", the grey values."""
+    """`(N, P)`: uint8 where the file has bytes, else float; NaN is missing. With binarize "epoch", the grey values.
+    With a batch `(N, P + B)`, its one-hot columns behind the others."""
     test: Tensor | None = None
     """`(M, P)`, of the same type, or None; with binarize "epoch", zeros and ones in uint8."""
     train_labels: Tensor | None = None
@@ -66,6 +68,8 @@ class Data:
     """What each column of a table holds, as `aevb.Mixed` takes it; empty where all are of one kind."""
     target: Target | None = None
     """The column that is a node `y` of its own, if one is."""
+    batch: Batch | None = None
+    """The column that names each row's batch, which a model is given, if one does."""
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
@@ -84,10 +88,10 @@ class Data:
     @property
     def features(self) -> int:
         """Entries of one row, P."""
-        return int(self.train.shape[1])
+        return int(self.train.shape[1]) - (0 if self.batch is None else len(self.batch))
 
     def training(self) -> dict[str, Tensor] | Binarized | SparseRows:
-        """The train rows in the form that `aevb.fit` takes, as the node `x`, beside a target as the node `y`.
+        """The train rows in the form that `aevb.fit` takes: the node `x`, beside a target `y`, or a `batch`.
 
         Example:
             >>> import torch
@@ -98,6 +102,8 @@ class Data:
             return self.train
         if self.target is not None:
             return self.target.split(self.train)
+        if self.batch is not None:
+            return self.batch.split(self.train)
         return Binarized(self.train) if self.binarize == "epoch" else {"x": self.train}
 
     def describe(self) -> dict[str, Any]:
@@ -105,7 +111,7 @@ class Data:
 
         Returns:
             Names, sizes, the number of missing entries, how pixels were drawn, which columns are constant or were
-            dropped, and the SHA-256 of each part's type, shape and bytes.
+            dropped, the batches, and the SHA-256 of each part's type, shape and bytes, which covers each row's batch.
 
         Example:
             >>> import torch
@@ -113,6 +119,8 @@ class Data:
             {'train': 2, 'test': None}
         """
         parts: dict[str, Tensor | SparseRows | None] = {"train": self.train, "test": self.test}
+        named: dict[str, Any] = {} if self.target is None else {"target": self.target.name}
+        named |= {} if self.batch is None else {"batch": self.batch.to_json()}
         return {
             "name": self.name,
             "rows": {part: None if x is None else len(x) for part, x in parts.items()},
@@ -127,7 +135,7 @@ class Data:
             "constant": list(self.constant),
             "dropped": list(self.dropped),
             "kept": None if self.kept is None else list(self.kept),
-        } | ({} if self.target is None else {"target": self.target.name})
+        } | named
 
 
 def _missing(x: Tensor | SparseRows) -> int:

@@ -42,6 +42,7 @@ class Part:
     classes: tuple[str, ...] = ()  # names of the labels 0, 1, ..., where they have any
     columns: tuple[str, ...] | None = None  # P names
     named: bool = False  # the names stand in the file; else they were made up
+    batches: tuple[str | None, ...] | None = None  # (N,) the batch of each row, where it was asked for; None is missing
 
 
 @dataclass(frozen=True, kw_only=True)

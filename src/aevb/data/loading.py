@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from aevb.config import InputError
+from aevb.data.batch import Batch
 from aevb.data.binary import Binarize, check_binarize, draw_once, full_grey
 from aevb.data.coding import encode
 from aevb.data.dataset import Data
 from aevb.data.files import Part
 from aevb.data.frames import Frame, read_frame
-from aevb.data.rows import Rows, column_name, grey_of, rows_from
+from aevb.data.rows import Rows, column_name, grey_of, rows_from, with_batch
 from aevb.data.schema import Schema
 from aevb.data.sources import open_source
 from aevb.data.sparse import SparseRows
@@ -25,8 +26,9 @@ __all__ = ["load", "load_table", "table_rows"]
 
 
 def load(
-    source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False, layer: str = ""
-) -> Data:
+    source: str | Path, *, binarize: Binarize = "none", seed: int = 0, drop_constant: bool = False, layer: str = "",
+    batch: str = "",
+) -> Data:  # fmt: skip
     """Reads a data set into memory and checks it.
 
     A file is one of these:
@@ -64,13 +66,15 @@ def load(
         drop_constant: Remove the columns that are constant among the train rows, from both parts. Images with columns
             removed have no `image_shape`.
         layer: Of an AnnData file, the layer to read in place of X, or `raw`.
+        batch: Of an AnnData file, the column of `.obs` (categories, text, booleans, whole numbers) that names each
+            row's batch; none if empty. Its one-hot columns stand behind the others in `Data.train`.
 
     Returns:
         The data set; `constant` lists the columns that carry no information, `dropped` and `kept` what was removed.
 
     Raises:
-        InputError: If the source cannot be read, breaks a rule above, has fewer than two train rows, or only constant
-            columns.
+        InputError: If the source cannot be read, breaks a rule above, has fewer than two train rows, only constant
+            columns, or a batch that is missing in a row, the same in all, or one's own in most.
 
     Example:
         >>> data = load("digits")
@@ -82,7 +86,9 @@ def load(
         61
     """
     check_binarize(binarize, seed)
-    stored = open_source(source, layer)
+    if batch and binarize != "none":
+        raise InputError("`binarize` is for pixels, `batch` for rows of an AnnData file. Drop one of the two.")
+    stored = open_source(source, layer, batch)
     train = rows_from(stored.train)
     test = None if stored.test is None else rows_from(stored.test)
     if len(train.x) < 2:
@@ -107,7 +113,8 @@ def load(
         binarize=binarize,
         seed=seed,
     )
-    return _mark_constant(data, train.where, drop_constant)
+    data = _mark_constant(data, train.where, drop_constant)
+    return data if train.batches is None else _batched(data, batch, train.batches, train.where)
 
 
 def load_table(source: Any, schema: Schema, target: str = "") -> Data:
@@ -226,6 +233,17 @@ def _mark_constant(data: Data, where: str, drop: bool) -> Data:
         dropped=names,
         kept=tuple(kept.tolist()),
     )
+
+
+def _batched(data: Data, column: str, names: tuple[str | None, ...], where: str) -> Data:
+    """With the batch of each row behind it: last, so that all that looks at columns has seen those of x alone."""
+    if column in (data.columns or ()):
+        raise InputError(
+            f"{where} has `{column}` among the names of both .obs and .var, and rows that are drawn could not tell the "
+            f"batch from the gene. Rename it: adata.obs = adata.obs.rename(columns={{{column!r}: ...}})."
+        )
+    batch = Batch.of(column, names, where)
+    return replace(data, train=with_batch(data.train, batch, names, where), batch=batch)
 
 
 def _constant(x: Tensor | SparseRows, *, drawn_anew: bool) -> Tensor:

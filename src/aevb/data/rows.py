@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aevb.config import InputError
+from aevb.data.batch import Batch
 from aevb.data.binary import Binarize, check_binarize, check_grey, draw_once
 from aevb.data.files import Part, as_float, listed, shown
 from aevb.data.images import as_rows, described
 from aevb.data.sources import open_source
 from aevb.data.sparse import SparseRows, compressed
 
-__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_from"]
+__all__ = ["Rows", "column_name", "grey_of", "read_rows", "rows_from", "with_batch"]
 
 _FLOAT64_WHOLE = 2**53
 
@@ -34,6 +35,7 @@ class Rows:
     columns: tuple[str, ...] | None
     named: bool
     image_shape: tuple[int, ...] | None  # (H, W), or (3, H, W) in colour
+    batches: tuple[str | None, ...] | None = None  # (N,), where they were asked for
 
 
 def column_name(columns: Sequence[str] | None, j: int) -> str:
@@ -56,6 +58,7 @@ def rows_from(part: Part) -> Rows:
             columns=part.columns,
             named=part.named,
             image_shape=None,
+            batches=part.batches,
         )
     if values.dtype.kind not in "buif":
         raise InputError(
@@ -72,6 +75,7 @@ def rows_from(part: Part) -> Rows:
         columns=part.columns,
         named=part.named,
         image_shape=shape,
+        batches=part.batches,
     )
 
 
@@ -82,6 +86,17 @@ def _check_finite(x: NDArray[Any], part: Part) -> None:
             f"{part.where}: the entry in row {row} (counting from 0), {shown(column_name(part.columns, j))}, is "
             "infinite; entries must be finite, or missing. Replace it, or leave it out as NaN."
         )
+
+
+def with_batch(x: Tensor | SparseRows, batch: Batch, names: Sequence[str | None], where: str) -> Tensor | SparseRows:
+    """Rows `(N, P)` with the one-hot columns of their batches behind, `(N, P + B)`.
+
+    Raises:
+        InputError: As `Batch.codes`.
+    """
+    if isinstance(x, SparseRows):
+        return x.beside(batch, names, where)
+    return torch.cat([x, batch.one_hot(batch.codes(names, where)).to(x)], 1)
 
 
 def _labels(part: Part) -> Tensor | None:
@@ -127,6 +142,7 @@ def read_rows(
     binarize: Binarize = "none",
     seed: int = 0,
     layer: str = "",
+    batch: Batch | None = None,
 ) -> Tensor | SparseRows:
     """Rows for a trained model: to score, to encode, to impute. One row is enough.
 
@@ -145,12 +161,14 @@ def read_rows(
         binarize: If not "none", grey values are drawn to 0 or 1 once, as `load` draws that part.
         seed: Keys that draw.
         layer: Of an AnnData file, the matrix to read in place of X.
+        batch: The model's `Data.batch`: the rows of an AnnData file, whose `.obs` must have its column.
 
     Returns:
-        `(N, P)`, uint8 where the file has bytes, else float; NaN is missing. A sparse matrix stays one.
+        `(N, P)`, uint8 where the file has bytes, else float; NaN is missing. A sparse matrix stays one. With `batch`
+        `(N, P + B)`, its one-hot columns behind the others.
 
     Raises:
-        InputError: If the file cannot be read or its columns do not fit.
+        InputError: If the file cannot be read, its columns do not fit, or a row's batch is missing or not known.
 
     Example:
         >>> read_rows("digits", features=64).shape
@@ -159,7 +177,7 @@ def read_rows(
     check_binarize(binarize, seed)
     if part not in ("train", "test"):
         raise InputError(f"`part` must be train or test; got {part!r}. Choose one of these names.")
-    source = open_source(path, layer)
+    source = open_source(path, layer, "" if batch is None else batch.column)
     chosen = source.test if part == "test" and source.test is not None else source.train
     rows = rows_from(chosen)
     if image_shape is not None and rows.image_shape is not None:
@@ -173,6 +191,8 @@ def read_rows(
         at = torch.tensor(picked)
         x = rows.x.select(columns=at) if isinstance(rows.x, SparseRows) else rows.x[:, at]
         rows = replace(rows, x=x)
+    if batch is not None and rows.batches is not None:
+        return with_batch(rows.x, batch, rows.batches, rows.where)
     if binarize == "none":
         return rows.x
     return draw_once(grey_of(rows, source.total_count), seed=seed, part="train" if chosen is source.train else "test")

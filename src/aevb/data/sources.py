@@ -13,21 +13,18 @@ from aevb.data.files import Part, Source
 from aevb.data.images import SUFFIXES, read_image, read_image_folder
 from aevb.data.tables import read_csv, read_parquet
 
-__all__ = ["open_source"]
+__all__ = ["check_annotated", "open_source"]
 
 _DIGITS_TRAIN = 1500
 
 
-def open_source(source: str | Path, layer: str = "") -> Source:
+def open_source(source: str | Path, layer: str = "", batch: str = "") -> Source:
     """The parts of a data set as they are stored; `aevb.data.load` says what may be given.
 
     Raises:
         InputError: If the source cannot be read.
     """
-    if layer and not str(source).lower().endswith(SUFFIX):
-        raise InputError(
-            f"`layer` names a matrix of an AnnData file ({SUFFIX}); got {layer!r} with `{source}`. Drop it."
-        )
+    check_annotated(source, layer, batch)
     if source == "digits":
         return _digits()
     path = Path(source.removeprefix("mnist:") if isinstance(source, str) else source)
@@ -35,8 +32,27 @@ def open_source(source: str | Path, layer: str = "") -> Source:
         mnist = path != Path(source) or holds_mnist(path)
         return read_mnist_folder(path) if mnist else read_image_folder(path)
     if path.suffix.lower() == SUFFIX:
-        return read_h5ad(path, layer)
+        return read_h5ad(path, layer, batch)
     return _READERS.get(path.suffix.lower(), _idx)(path)
+
+
+def check_annotated(source: str | Path, layer: str, batch: str) -> None:
+    """Raise if a layer or a column of batches is named, and the source is no AnnData file.
+
+    Raises:
+        InputError: So.
+    """
+    if str(source).lower().endswith(SUFFIX):
+        return
+    if layer:
+        raise InputError(
+            f"`layer` names a matrix of an AnnData file ({SUFFIX}); got {layer!r} with `{source}`. Drop it."
+        )
+    if batch:
+        raise InputError(
+            f"The batch of each row stands in .obs of an AnnData file ({SUFFIX}), in the column `{batch}`; `{source}` "
+            "has no such place. Save the rows as such a file, with that column, or use a model without a batch."
+        )
 
 
 def _digits() -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from aevb.config import InputError
+from aevb.data.batch import Batch
 from aevb.data.files import as_float, shown
 
 __all__ = ["SparseRows", "compressed", "from_parts"]
@@ -42,36 +44,78 @@ class SparseRows:
     def __init__(self, matrix: Any, node: str = "x", columns: Sequence[str] | None = None) -> None:
         self.matrix = compressed(matrix, "`matrix`", columns)
         self.node, self.columns = node, columns
+        self.batch: Batch | None = None
+        """Whose one-hot columns stand behind the P others, where `beside` put them there."""
 
     def __len__(self) -> int:
         """Rows N."""
         return int(self.matrix.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> Tensor:
-        """Some rows, dense `(B, P)`."""
+        """Some rows, dense `(B, P)`, or `(B, P + batches)`."""
         return torch.from_numpy(self.matrix[rows if isinstance(rows, slice) else rows.cpu().numpy()].toarray())
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """The rows `indices`, `(B,)`, dense: `{node: (B, P)}`."""
-        return {self.node: self[indices]}
+        """The rows `indices`, `(B,)`, dense: `{node: (B, P)}`, and the node `batch` where the rows have one."""
+        if self.batch is None:
+            return {self.node: self[indices]}
+        found = self.batch.split(self[indices])
+        return {self.node: found["x"], "batch": found["batch"]}
+
+    def beside(self, batch: Batch, names: Sequence[str | None], where: str = "The data") -> SparseRows:
+        """The same rows with the one-hot columns of their batches behind, so that `take` has the node `batch`, too.
+
+        Args:
+            batch: The batches.
+            names: That of each row, N.
+            where: How an error names the rows.
+
+        Raises:
+            InputError: If a row has none, or one that is none of `batch`.
+
+        Example:
+            >>> from scipy.sparse import csr_array
+            >>> donors = ["A", "B", "A", "B"]
+            >>> rows = SparseRows(csr_array([[0, 2], [1, 0], [3, 0], [0, 1]])).beside(Batch.of("donor", donors), donors)
+            >>> rows.take(torch.tensor([1]))
+            {'x': tensor([[1., 0.]]), 'batch': tensor([[0., 1.]])}
+        """
+        from scipy import sparse
+
+        if len(names) != len(self):
+            raise InputError(f"`names` must have one batch a row, {len(self)}; got {len(names)}. Give them all.")
+        made = copy.copy(self)
+        ones, starts = np.ones(len(self), dtype=self.matrix.dtype), np.arange(len(self) + 1)
+        behind = sparse.csr_array((ones, batch.codes(names, where).numpy(), starts), shape=(len(self), len(batch)))
+        made.matrix = sparse.hstack([self.matrix, behind], format="csr")
+        made.batch = batch
+        return made
 
     def split(self) -> list[Tensor]:
         """Positions of the rows in order, in parts that may be made dense one after another."""
         return list(torch.arange(len(self)).split(max(1, _ENTRIES // self.shape[1])))
 
     def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> SparseRows:
-        """Some rows, some columns, or both; still sparse."""
+        """Some rows, some columns, or both; still sparse. Columns of rows without a batch only."""
+        assert columns is None or self.batch is None
         chosen = self.matrix if rows is None else self.matrix[rows.cpu().numpy()]
         chosen = chosen if columns is None else chosen[:, columns.cpu().numpy()]
         names = self.columns
         if names is not None and columns is not None:
             names = tuple(names[j] for j in columns.tolist())
-        return SparseRows(chosen, self.node, names)
+        made = SparseRows(chosen, self.node, names)
+        made.batch = self.batch
+        return made
 
     @property
     def shape(self) -> torch.Size:
-        """(N, P)."""
+        """(N, P), or (N, P + batches)."""
         return torch.Size(self.matrix.shape)
+
+    @property
+    def features(self) -> int:
+        """Entries of one row, P."""
+        return self.shape[1] - (0 if self.batch is None else len(self.batch))
 
     @property
     def ndim(self) -> int:
@@ -90,7 +134,7 @@ class SparseRows:
         return values
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest entry of each column, `(P,)` each."""
+        """Smallest and largest entry of each column, `(P,)` each, those of a batch included."""
         low, high = (each(axis=0).toarray().reshape(-1) for each in (self.matrix.min, self.matrix.max))
         return torch.from_numpy(low), torch.from_numpy(high)
 

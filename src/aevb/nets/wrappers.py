@@ -192,7 +192,8 @@ class LogTotal(nn.Module):
     r"""The log of a row's library size, :math:`\log \max(1, \sum_j x_j)`, `(*, 1)`.
 
     Args:
-        net: If given, takes the row, too; the first number it returns has that log added, and all are handed on.
+        net: If given, takes the row, too, and further parents; the first number it returns has that log added, and all
+            are handed on.
         loc: Mean of it over the training rows, with which rows can be drawn later.
         scale: Its spread over them.
 
@@ -216,12 +217,12 @@ class LogTotal(nn.Module):
         """Width of the result, where `net` knows it."""
         return 1 if self.net is None else getattr(self.net, "outputs", None)
 
-    def forward(self, parent: Tensor) -> Tensor:
-        """Counts `(*, P)`."""
+    def forward(self, parent: Tensor, *others: Tensor) -> Tensor:
+        """Counts `(*, P)`; further parents are shown to the net alone."""
         total = parent.sum(-1, keepdim=True).clamp(min=1.0).log()
         if self.net is None:
             return total
-        out: Tensor = self.net(parent)
+        out: Tensor = self.net(parent, *others)
         return torch.cat([out[..., :1] + total, out[..., 1:]], -1)
 
 
