@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from scipy import sparse
 
 import aevb
 from aevb import VAE, BayesNet, InputError
 from aevb.data import Batch, SparseRows, load, read_rows
-from test_counts import annotated, counts
+from test_cli import refuse, succeed
+from test_counts import annotated, counts, saved
+from test_export import call
 
 FAST = ["--steps", "40", "--hidden", "8", "--latents", "2", "--validate-every", "20", "--log-every", "20"]
 DONORS = [("A", "B", "C")[i % 7 % 3] for i in range(60)]
@@ -237,3 +243,224 @@ def test_a_column_that_tells_no_batches_is_refused_in_a_sentence(tmp_path: Path,
             file["obs"].move("donor", "gene1")
     with pytest.raises(InputError, match=told):
         load(path, batch=column)
+
+
+def test_what_has_no_obs_has_no_batches(tmp_path: Path) -> None:
+    pl.DataFrame({"a": [1.5, 2.0, 3.5], "b": [0.5, 1.0, 2.5]}).write_csv(tmp_path / "a.csv")
+    for path in (saved(tmp_path, counts()), tmp_path / "a.csv"):
+        told = refuse("train", path, "--out", tmp_path / "run", "--batch", "donor")
+        assert "stands in .obs of an AnnData file (.h5ad), in the column `donor`" in told
+    path = cells(tmp_path, counts())
+    assert "`prior` vamp has no place" in refuse("train", path, "--out", tmp_path / "run", "--batch", "donor",
+                                                 "--prior", "vamp")  # fmt: skip
+    with pytest.raises(InputError, match="`binarize` is for pixels"):
+        load(path, batch="donor", binarize="static")
+    rows = SparseRows(sparse.csr_array(counts()))
+    with pytest.raises(InputError, match="one batch a row, 60; got 2"):
+        rows.beside(Batch.of("donor", DONORS), ["A", "B"])
+
+
+# ---- the verbs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("batches")
+    path = cells(folder, counts())
+    told = succeed("train", path, "--out", folder / "run", "--batch", "donor", *FAST)
+    assert "a.h5ad: 60 rows of 8, in 3 batches by donor, likelihood negative-binomial" in told
+    return folder / "run", path
+
+
+def nodes(path: Path) -> dict[str, torch.Tensor]:
+    data = load(path, batch="donor")
+    assert data.batch is not None
+    return data.batch.split(data.train[:])
+
+
+def test_figures_say_what_is_given_and_are_the_librarys(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = trained
+    told = succeed("evaluate", run, "--samples", 50)
+    assert "validation log p(x | batch, library) = " in told
+    assert "batch, told of each row, and library, computed of x itself: compare with models that are given them" in told
+    found = json.loads((run / "evaluation.json").read_text())
+    assert (found["features"], found["known"]) == (8, 6 * 8)
+    assert "log p(x | batch, library)" in succeed("score", run, path, "--samples", 50, "--out", tmp_path / "s.csv",
+                                                  "--by-column", "--top", 2)  # fmt: skip
+    scores, vae = pl.read_csv(tmp_path / "s.csv"), aevb.load(run).vae
+    exact = aevb.log_marginal(vae, nodes(path), 50).log_prob
+    np.testing.assert_allclose(scores["log_prob"], exact, rtol=1e-12)
+    assert scores.columns[-1] == "gene7_nll_std_error"
+    succeed("score", run, path, "--samples", 50, "--out", tmp_path / "s.h5ad")
+    with h5py.File(tmp_path / "s.h5ad") as file:
+        np.testing.assert_array_equal(file["obs/aevb_log_prob"][()], exact)
+        assert [*file["obs"].attrs["column-order"]][:3] == ["depth", "donor", "aevb_log_prob"]
+
+
+def test_codes_are_those_given_the_batch(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = trained
+    means = aevb.load(run).vae.posterior(nodes(path))["z"].mean
+    succeed("encode", run, path, "--out", tmp_path / "codes.h5ad")
+    with h5py.File(tmp_path / "codes.h5ad") as file:
+        np.testing.assert_allclose(file["obsm/X_aevb"][()], means, rtol=1e-5, atol=1e-6)
+
+
+def test_diagnoses_and_report(trained: tuple[Path, Path]) -> None:
+    run, _ = trained
+    assert "mutual information" in succeed("evaluate", run, "--samples", 20, "--also", "information")
+    assert "draws them only where library is given" in refuse("evaluate", run, "--samples", 20, "--also", "checks")
+    succeed("report", run, "--samples", 20)
+    page = (run / "report.html").read_text()
+    assert "log p(x | batch, library)" in page
+    assert "Colours are the batches, donor" in page
+    assert "by donor: A, B, C" in page
+
+
+def test_a_model_without_a_library_is_diagnosed_in_full(tmp_path: Path) -> None:
+    """Rows are simulated in the batches of the rows at hand; the rows are dense, and have holes."""
+    x = counts().astype(np.float32)
+    x[3, 1] = x[5] = np.nan
+    path, run = cells(tmp_path, x, dense=True), tmp_path / "run"
+    succeed("train", path, "--out", run, "--batch", "donor", *FAST, "--likelihood", "poisson")
+    few = ["--also-rows", 2, "--temperatures", 5]
+    told = succeed("evaluate", run, "--samples", 20, "--also", "ais", "calibration", "checks", *few)
+    assert "validation log p(x | batch) = " in told
+    assert "batch, told of each row: compare with models that are given it, too" in told
+    told = succeed("impute", run, path, "--out", tmp_path / "filled.csv", "--samples", 50)
+    assert "9 missing entries of 60 rows filled in" in told
+    assert "filled in from the prior: 1" in told
+    filled = pl.read_csv(tmp_path / "filled.csv")
+    assert filled.columns == [f"gene{j}" for j in range(8)]
+    known = ~np.isnan(x)
+    np.testing.assert_array_equal(filled.to_numpy()[known], x[known])
+    exact = aevb.impute(aevb.load(run).vae, nodes(path), 50).mean["x"]
+    np.testing.assert_allclose(filled.to_numpy(), exact, rtol=1e-6)
+    assert "rows that hold nothing, whose log p is 0: 1" in succeed("score", run, path, "--samples", 20)
+    assert "median distance" in succeed("sample", run, "-n", 5, "--out", tmp_path / "made.csv")
+    assert "x, batch to" in succeed("export", run, "--out", tmp_path / "nets")
+
+
+def test_samples_tell_their_batch(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, _ = trained
+    assert "last column: donor\n" in succeed("sample", run, "-n", 900, "--out", tmp_path / "made.csv")
+    made = pl.read_csv(tmp_path / "made.csv")
+    assert made.columns == [*(f"gene{j}" for j in range(8)), "donor"]
+    for donor in "ABC":
+        share = DONORS.count(donor) / 60
+        drawn = float((made["donor"] == donor).mean())
+        assert abs(drawn - share) < 4 * (share * (1 - share) / 900) ** 0.5
+    succeed("sample", run, "-n", 7, "--given", "donor=B", "--out", tmp_path / "b.parquet")
+    assert pl.read_parquet(tmp_path / "b.parquet")["donor"].to_list() == ["B"] * 7
+    assert "0 for A, 1 for B, 2 for C" in succeed("sample", run, "-n", 5, "--given", "donor == C", "--out",
+                                                  tmp_path / "c.npy")  # fmt: skip
+    assert np.load(tmp_path / "c.npy")[:, 8].tolist() == [2.0] * 5
+    for wrong in (["donor=D"], ["gene1>2"], ["donor=A", "gene1>2"], ["donor>A"], ["donorA"]):
+        words = [word for each in wrong for word in ("--given", each)]
+        told = refuse("sample", run, "-n", 5, *words, "--out", tmp_path / "d.csv")
+        assert "donor=VALUE, with one of `A`, `B`, `C`" in told
+
+
+def test_runs_given_other_batches_are_not_compared(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = trained
+    for name, batch in (("bare", []), ("plate", ["--batch", "plate"]), ("twin", ["--batch", "donor", "--seed", "0"])):
+        if name == "plate":
+            with h5py.File(path, "r+") as file:
+                file["obs/plate"] = np.arange(60) % 2
+        succeed("train", path, "--out", tmp_path / name, *FAST, *batch)
+    told = refuse("compare", run, tmp_path / "bare", "--samples", 20)
+    assert "(batch, library and library): log p(x | batch, library) is no log p(x | library)" in told
+    told = refuse("compare", run, tmp_path / "plate", "--samples", 20)
+    assert "from different columns, `donor` and `plate`" in told
+    told = succeed("compare", run, tmp_path / "twin", "--samples", 20)
+    assert "validation log p(x | batch, library) of 6 rows" in told
+
+
+def test_a_run_goes_on_to_the_bit(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    _, path = trained
+    words = ["train", path, "--batch", "donor", *FAST, "--checkpoint-every", "20", "--average", "0"]
+    succeed(*words, "--out", tmp_path / "whole")
+    stopped = _stopped_at(20)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("aevb.apps.train.steps_done", stopped)
+        told = refuse(*words, "--out", tmp_path / "cut")
+    assert "go on with: aevb train --resume" in told
+    succeed("train", "--resume", tmp_path / "cut")
+    one, other = (aevb.load(tmp_path / name) for name in ("whole", "cut"))
+    assert other.history[-1]["step"] == 40
+    assert all(torch.equal(value, other.vae.state_dict()[name]) for name, value in one.vae.state_dict().items())
+    assert "Drop them" in refuse("train", "--resume", tmp_path / "cut", "--batch", "donor")
+
+
+def _stopped_at(step: int) -> Callable[..., Any]:
+    """Progress that interrupts training once a record of that step is out."""
+    import contextlib
+
+    @contextlib.contextmanager
+    def shown(*_: Any, **__: Any) -> Any:
+        def bar(record: dict[str, Any]) -> None:
+            if record["step"] >= step:
+                raise KeyboardInterrupt
+
+        yield bar
+
+    return shown
+
+
+@pytest.mark.parametrize("form", ["torch", "onnx"])
+def test_exported_parts_take_the_batch(trained: tuple[Path, Path], tmp_path: Path, form: str) -> None:
+    run, path = trained
+    succeed("export", run, "--out", tmp_path / "nets", "--format", form)
+    record = json.loads((tmp_path / "nets" / "export.json").read_text())
+    assert record["batch"]["values"] == ["A", "B", "C"]
+    assert list(record["parts"]["encoder"]["inputs"]) == ["x", "batch"]
+    vae, values = aevb.load(run).vae, {name: value[:5] for name, value in nodes(path).items()}
+    mean, _, library = call(tmp_path / "nets", "encoder", values["x"], values["batch"])
+    torch.testing.assert_close(mean, vae.posterior(values)["z"].mean, atol=2e-6, rtol=1e-5)
+    (found,) = call(tmp_path / "nets", "decoder", torch.cat([mean, values["batch"], library], 1))
+    wanted = vae.p.distribution("x", {"z": mean, "batch": values["batch"], "library": library}).mean
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+    if form == "onnx":  # which has no gamma function
+        assert "scorer" in record["left_out"]
+        return
+    assert list(record["parts"]["scorer"]["inputs"]) == ["x", "noise", "batch"]
+    assert "log p(x | batch, library)" in record["parts"]["scorer"]["outputs"]["log_prob"]
+    (scored,) = call(tmp_path / "nets", "scorer", values["x"], torch.zeros(1, 5, 2), values["batch"])
+    known = values | {"z": mean, "library": library}
+    terms = sum(value for name, value in vae.p.log_prob(known).items())
+    at_mean = vae.posterior(values)["z"].log_prob(mean)
+    torch.testing.assert_close(scored, terms - at_mean, atol=1e-4, rtol=1e-5)
+
+
+def test_a_published_model_knows_its_batches(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, path = trained
+    hub = tmp_path / "hub"
+    succeed("export", run, "--out", hub, "--format", "pretrained")
+    text = (hub / "README.md").read_text()
+    assert f"`donor`, given to the model: `A` ({DONORS.count('A')} rows)" in text
+    assert "given batch, which each row brings" in text
+    assert "holds the names of all batches" in text
+    vae = aevb.from_pretrained(hub)
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in aevb.load(run).vae.state_dict().items())
+    for each in (run, hub):
+        succeed("score", each, path, "--samples", 20, "--out", tmp_path / f"{each.name}.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "run.npy"), np.load(tmp_path / "hub.npy"))
+    succeed("sample", hub, "-n", 3, "--given", "donor=A", "--out", tmp_path / "made.csv")
+
+
+def test_other_files_must_tell_a_batch_that_is_known(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, _ = trained
+    few = counts(6)
+    same = cells(tmp_path, few, np.array(["C", "C", "A", "A", "C", "A"]), "text.h5ad")  # of another type and order
+    succeed("score", run, same, "--samples", 20)
+    for name, donors, told in (
+        ("new.h5ad", ["A", "B", "Z", "A", "B", "A"], "`donor` is 'Z' in row 2 (counting from 0), a batch that the "
+         "model was not trained on; it knows `A`, `B`, `C`"),
+        ("gap.h5ad", ["A", "B", "C", "A", None, "A"], "row 4 (counting from 0) has no value of `donor`"),
+        ("none.h5ad", None, "has no column `donor` in .obs, which is to name each row's batch; it has `depth`"),
+    ):  # fmt: skip
+        path = cells(tmp_path, few, donors, name)
+        for verb in ("score", "encode", "impute"):
+            assert told in refuse(verb, run, path, "--out", tmp_path / "out.csv")
+    assert "in the column `donor`; " in refuse("score", run, saved(tmp_path, few, "few.npz"))
+    moved = cells(tmp_path, counts(), DONORS[::-1], "moved.h5ad")
+    assert "its content is another" in refuse("evaluate", run, "--data", moved)

@@ -126,6 +126,8 @@ def test_nothing_private_is_in_the_folder(people: Path) -> None:
         {"likelihood": "bernoulli", "posterior": "planar"},
         {"likelihood": "negative-binomial", "library": "observed"},
         {"likelihood": "negative-binomial", "library": "latent", "posterior": "full"},
+        {"likelihood": "negative-binomial", "library": "observed", "batches": 2},
+        {"likelihood": "poisson", "batches": 4},
         {"likelihood": "mixed", "kinds": ("binary", "categorical:3", "count"), "posterior": "product"},
     ],
 )

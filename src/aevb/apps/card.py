@@ -15,7 +15,7 @@ from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary, weights_of
 from aevb.bayesnet import VAE
 from aevb.checkpoint import Run, load
 from aevb.config import InputError, Kind, ModelConfig, TrainConfig
-from aevb.data import Column, Schema, described
+from aevb.data import Batch, Column, Schema, described
 from aevb.nets import LogTotal
 from aevb.pretrained import write_pretrained
 
@@ -78,11 +78,11 @@ def _shareable(run: Run) -> dict[str, Any]:
     if not set(_TOLD) <= set(run.data):  # not by `Data.describe`: words of the user's own, which may hold anything
         return {}
     told = {name: run.data[name] for name in _TOLD}
-    told |= {name: run.data[name] for name in ("objective", "label_weight") if name in run.data}
+    told |= {name: run.data[name] for name in ("objective", "label_weight", "batch") if name in run.data}
     told["name"] = re.split(r"[\\/]", str(told["name"]))[-1]
     if "command" in run.data:
         command = run.data["command"]
-        known = ("binarize", "seed", "drop_constant", "layer", "schema", "target")
+        known = ("binarize", "seed", "drop_constant", "layer", "batch", "schema", "target")
         told["command"] = {name: command[name] for name in known if name in command}
         told["command"]["source"] = told["name"]
         if schema := told["command"].get("schema"):
@@ -195,14 +195,19 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
             "shapes, which are compared."
         )
         return
-    config, context, size, imports = vae.config, "", "", ["import aevb"]
+    config, given, size, first = vae.config, [], "", []
+    if config.batches:
+        which = f"{batch.column} {batch.values[0]}" if (batch := Batch.told(data)) else "the first"
+        first = [f"batch = torch.eye({config.batches})[[0, 0, 0]]  # one-hot, of three rows: {_plain(which)}"]
+        given.append('"batch": batch')
     if vae.context == ("library",):
         net = vae.q.conditional("library").net
         assert isinstance(net, LogTotal)
-        context = f', {{"library": torch.full((3, 1), {float(net.loc):.2f})}}'
+        given.append(f'"library": torch.full((3, 1), {float(net.loc):.2f})')
         size = f" of library size exp({float(net.loc):.2f})"
-        imports.append("import torch")
-    values = "rows" if config.target else '{"x": x}'
+    imports = ["import aevb", "import torch"] if given else ["import aevb"]
+    context = f", {{{', '.join(given)}}}" if given else ""
+    values = "rows" if config.target else '{"x": x, "batch": batch}' if config.batches else '{"x": x}'
     rows = f'x = vae.p.sample(3{context})["x"]  # new rows{size}, (3, {config.features}); or your own'
     if config.target:
         rows = f"drawn = vae.p.sample(3)  # new rows x, (3, {config.features}), and targets y; or your own"
@@ -212,6 +217,7 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
         *imports,
         "",
         'vae = aevb.from_pretrained(".")  # this folder; once it is on the hub, its name there: "owner/name"',
+        *first,
         rows,
         f"aevb.log_marginal(vae, {values}, samples=1000)  # {told}",
         'vae.q.distribution("y", rows).mean  # what q(y | x) expects of the target'
@@ -260,6 +266,7 @@ def _data(data: dict[str, Any], run: Run) -> Iterable[str]:
             ),
             ("missing entries", ", ".join(f"{n} in {part} rows" for part, n in missing.items() if n is not None)),
             ("binarisation", data["binarize"]),
+            *([("batches", _batches(batch))] if (batch := Batch.told(data)) else []),
             *([("counts", f"0 to {data['total_count']}")] if data["total_count"] is not None else []),
             *([("left out, constant", _listed(data["dropped"]))] if data["dropped"] else []),
         ]
@@ -271,6 +278,12 @@ def _data(data: dict[str, Any], run: Run) -> Iterable[str]:
             yield f"{len(columns) - _COLUMNS} more columns stand in `config.json`."
     elif data["columns"]:
         yield f"Columns: {_listed(data['columns'])}."
+
+
+def _batches(batch: Batch) -> str:
+    each = [f"{_code(value)} ({count} rows)" for value, count in zip(batch.values, batch.counts, strict=True)]
+    more = f" and {len(each) - _COLUMNS} more" if len(each) > _COLUMNS else ""
+    return f"{_code(batch.column)}, given to the model: {', '.join(each[:_COLUMNS])}{more}"
 
 
 def _kind(column: Column) -> str:
@@ -361,7 +374,8 @@ def _limits(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     }.get(likelihood, " It is the log of a probability.")
     if vae.config and vae.config.target and not Kind.parse(vae.config.target).classes:
         what += " Of the target it is that of a density in its units, whatever its kind."
-    given = f", given {', '.join(vae.context)}, which is computed of the row itself" if vae.context else ""
+    given = f", given {', '.join(vae.given)}, which each row brings" if vae.given else ""
+    given += f", given {', '.join(vae.context)}, which is computed of the row itself" if vae.context else ""
     yield (
         f"log p is that of a whole row, in nats{given}.{what} It can be compared with that of other models only on the "
         "same rows and columns, in the same units and with the same binarisation."
@@ -379,6 +393,8 @@ def _limits(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
             "`config.json` holds the names of the columns and of all categories, the levels of ordinal columns and the "
             "value of constant ones: no file could be coded without them. It holds no rows."
         )
+    if Batch.told(data):
+        yield "`config.json` holds the names of all batches, and how many rows each had."
     starts = ""
     if vae.config and vae.config.prior == "vamp":
         starts = (

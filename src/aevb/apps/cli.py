@@ -9,6 +9,7 @@ import dataclasses
 import os
 import sys
 import warnings
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -20,7 +21,17 @@ except ModuleNotFoundError:
 
 from aevb.apps.flags import ModelFlags
 from aevb.apps.loggers import Tracker
-from aevb.apps.runs import EVALUATION, data_of, diagnose_run, evaluate_run, judged, open_run, schema_of, test_rows
+from aevb.apps.runs import (
+    EVALUATION,
+    data_of,
+    diagnose_run,
+    evaluate_run,
+    judged,
+    open_run,
+    schema_of,
+    test_rows,
+    values_of,
+)
 from aevb.apps.train import Stopped, go_on, start
 from aevb.config import InputError, Precision, TrainConfig
 
@@ -109,6 +120,7 @@ def train(
     binarize: Literal["none", "static", "epoch"] = "none",
     drop_constant: bool = False,
     layer: str = "",
+    batch: str = "",
     column: _Columns = (),
     schema: _File = None,
     devices: int = 1,
@@ -132,6 +144,8 @@ def train(
         binarize: Draw black or white from grey values: once, or anew each time they are used.
         drop_constant: Leave out columns that hold one value only.
         layer: Of an AnnData file, the layer to read in place of X, or `raw`.
+        batch: Of an AnnData file, the column of .obs that names each row's batch (donor, plate), which the model is
+            then given: p(z) p(x | z, batch) with q(z | x, batch).
         column: Kinds of a table's columns, where those that are found will not do; see `aevb inspect --help`.
         schema: Kinds of a table's columns, from a file that `aevb inspect --out` wrote.
         devices: Processes to start on this machine, which share the --shards of every batch; each with a GPU where
@@ -145,8 +159,8 @@ def train(
     from aevb.apps.tables import kinds_of, set_aside
 
     if resume is not None:
-        told = (data, out, target, objective, binarize, drop_constant, layer, column, schema, model, training)
-        if told != ("", None, "", "elbo", "none", False, "", (), None, ModelFlags(), TrainConfig()):
+        told = (data, out, target, objective, binarize, drop_constant, layer, batch, column, schema, model, training)
+        if told != ("", None, "", "elbo", "none", False, "", "", (), None, ModelFlags(), TrainConfig()):
             raise InputError("`--resume` goes on with a run as it was begun; other settings have no effect. Drop them.")
         go_on(resume, devices, nodes, tracker)
         return
@@ -156,7 +170,7 @@ def train(
         )
     kinds = kinds_of(data, column, schema, model.likelihood, binarize, target)
     source = {"source": data, "binarize": binarize, "seed": training.seed, "drop_constant": drop_constant}
-    named = {"layer": layer, "target": target, "schema": None if kinds is None else kinds.to_json()}
+    named = {"layer": layer, "batch": batch, "target": target, "schema": None if kinds is None else kinds.to_json()}
     source |= {name: value for name, value in named.items() if value}
     aside = "" if kinds is None else set_aside(kinds)
     start(source, out, objective, dataclasses.asdict(model), training, devices, nodes, tracker, aside)
@@ -197,7 +211,8 @@ def evaluate(
 
     found = open_run(run)
     source = data_of(found, data)
-    check(found.vae, test_rows(found, source)[1], also, also_rows, temperatures)
+    look = partial(values_of, found)
+    check(found.vae, test_rows(found, source)[1], also, also_rows, temperatures, look)
     if also:  # beside an evaluation of these weights, draws and seed that the run holds already
         summary, rows = judged(found, source, samples, seed, quiet=json, compile=compile, precision=precision)
         summary = diagnose_run(found, source, summary, rows, also, few=also_rows, temperatures=temperatures, quiet=json)
@@ -262,7 +277,7 @@ def sample(
         run: Folder of the run.
         n: Rows to draw.
         out: File to write: .csv or .parquet; .npy where all columns are of one kind; of images also .png, side by side.
-        given: A condition on a column, as sex=F or "age>60"; may be repeated.
+        given: A condition on a column, as sex=F or "age>60"; may be repeated. Of a model with a batch, that batch.
         samples: Draws from which rows that meet the conditions are picked.
         seed: Key of the draws.
         data: Where the data are now, if they have moved since training.
@@ -411,6 +426,7 @@ def report(run: Annotated[Path, tyro.conf.Positional], samples: int | None = Non
         columns=source.columns,
         maximum=source.total_count,
         target=source.target,
+        batch=source.batch,
     )
     print(f"report written to {run / _REPORT}")
 

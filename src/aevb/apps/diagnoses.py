@@ -63,7 +63,8 @@ class Subject:
 
     def given(self, kept: Tensor) -> Values:
         """Of the nodes those that the model is given."""
-        return {name: value for name, value in self.values(kept).items() if name in self.vae.given}
+        like = next(self.vae.parameters(), torch.empty(0))
+        return {name: value.to(like) for name, value in self.values(kept).items() if name in self.vae.given}
 
 
 def check(

@@ -22,7 +22,8 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from aevb.apps.card import save_pretrained
-from aevb.apps.runs import data_of, open_run, test_rows
+from aevb.apps.runs import data_of, open_run, test_rows, values_of
+from aevb.apps.summary import given_to, quantity
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, prepare, terms
 from aevb.checkpoint import write_atomically
@@ -103,12 +104,13 @@ def export_run(
     _check_packages(format)
     record: dict[str, Any] = {"format": format, "made": run.made, "parts": {}, "left_out": {}}
     record |= {name: run.data.get(name) for name in ("columns", "kept", "dropped", "image_shape", "binarize")}
+    record |= {name: run.data[name] for name in ("batch",) if name in run.data}
     record["schema"] = run.data["command"].get("schema")
     out.mkdir(parents=True)
     try:
         with evaluating(run.vae):
-            values = prepare(run.vae, {"x": rows[:_COMPARED]})
-            for name, part in _parts(run.vae, values["x"], seed).items():
+            values = prepare(run.vae, values_of(run, rows[:_COMPARED]))
+            for name, part in _parts(run.vae, values, seed).items():
                 _write(name, part, out, record, tell)
         if not record["parts"]:
             raise InputError(f"Nothing of this model can be written as {format}. Try --format torch.")
@@ -151,26 +153,34 @@ def _check_packages(format: Format) -> None:
             raise InputError(f"`--format onnx` needs {missing.name}. Install it: pip install 'aevb[onnx]'.") from None
 
 
-def _parts(vae: VAE, x: Tensor, seed: int) -> dict[str, _Part]:
-    """The networks of a model that `aevb.build_vae` made."""
-    holes = _sees_holes(vae)
+def _parts(vae: VAE, values: dict[str, Tensor], seed: int) -> dict[str, _Part]:
+    """The networks of a model that `aevb.build_vae` made, at the nodes of some rows: x, and what stands beside it."""
+    holes, x = _sees_holes(vae), values["x"]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        known = terms(vae, {"x": x}, 1, kl="sampled", holes=holes).values
+        known = terms(vae, values, 1, kl="sampled", holes=holes).values
     parents = {node: known[node].reshape(len(x), -1) for node in vae.p.parents["x"]}
-    latent = {node: known[node].shape[-1] for node in vae.latents({"x": x})}
+    latent = {node: known[node].shape[-1] for node in vae.latents(values)}
     beside = {node: part.shape[-1] for node, part in parents.items()}
     seen = {"x": f"(N, {x.shape[1]})" + (", NaN for missing" if holes else "")}
+    context = {name: f"(N, {values[name].shape[1]}), one-hot" for name in vae.given}
+    brought = tuple(values[name] for name in vae.given)
+    on = ", ".join(seen | context)
     moments = {
-        f"{kind}_{node}": f"(N, {width}), of q({node} | x)" for node, width in latent.items() for kind in _MOMENTS
+        f"{kind}_{node}": f"(N, {width}), of q({node} | {on})" for node, width in latent.items() for kind in _MOMENTS
     }
     total = sum(latent.values())
     noise = torch.randn(_DRAWS, len(x), total, generator=torch.Generator().manual_seed(seed)).to(x)
-    rows = {0: "rows"}
-    moments |= {node: f"(N, {width}), computed from x" for node, width in beside.items() if node not in latent}
+    rows, of = {0: "rows"}, quantity(given_to(vae), False)
+    computed = {node: width for node, width in beside.items() if node not in latent | context}
+    moments |= {node: f"(N, {width}), computed from x" for node, width in computed.items()}
     return {
         "encoder": _Part(
-            net=_Encoder(vae, tuple(latent), tuple(beside)), inputs=seen, outputs=moments, given=(x,), axes=(rows,)
+            net=_Encoder(vae, tuple(latent), tuple(computed)),
+            inputs=seen | context,
+            outputs=moments,
+            given=(x, *brought),
+            axes=(rows, *(rows for _ in brought)),
         ),
         "decoder": _Part(
             net=_Decoder(vae, beside),
@@ -181,12 +191,16 @@ def _parts(vae: VAE, x: Tensor, seed: int) -> dict[str, _Part]:
         ),
         "scorer": _Part(
             net=_Scorer(vae, latent, holes),
-            inputs=seen | {"noise": f"(K, N, {total}), standard normal: {_side_by_side(latent)}"},
-            outputs={"log_prob": "(N,), log p(x) in nats by importance sampling with K draws"},
-            given=(x, noise),
-            axes=(rows, {0: "draws", 1: "rows"}),
+            inputs=seen | {"noise": f"(K, N, {total}), standard normal: {_side_by_side(latent)}"} | context,
+            outputs={"log_prob": f"(N,), log {of} in nats by importance sampling with K draws"},
+            given=(x, noise, *brought),
+            axes=(rows, {0: "draws", 1: "rows"}, *(rows for _ in brought)),
         ),
     }
+
+
+def _nodes(x: Tensor, batch: Tensor | None) -> dict[str, Tensor]:
+    return {"x": x} if batch is None else {"x": x, "batch": batch}
 
 
 def _side_by_side(widths: dict[str, int]) -> str:
@@ -290,12 +304,12 @@ def _quiet() -> Iterator[None]:
 class _Encoder(nn.Module):
     """Mean and standard deviation of q of each latent node, at the means of those above; then what is computed."""
 
-    def __init__(self, vae: VAE, nodes: tuple[str, ...], beside: tuple[str, ...]) -> None:
+    def __init__(self, vae: VAE, nodes: tuple[str, ...], computed: tuple[str, ...]) -> None:
         super().__init__()
-        self.vae, self.nodes, self.beside = vae, nodes, beside
+        self.vae, self.nodes, self.computed = vae, nodes, computed
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        known, found = {"x": x}, []
+    def forward(self, x: Tensor, batch: Tensor | None = None) -> tuple[Tensor, ...]:
+        known, found = _nodes(x, batch), []
         for node in self.vae.drawing_order(self.nodes):
             d = self.vae.home(node).distribution(node, known)
             try:
@@ -303,7 +317,7 @@ class _Encoder(nn.Module):
                 found += [d.mean, d.stddev] if node in self.nodes else []
             except NotImplementedError:
                 raise InputError(f"q({node} | x) is a flow, which has no moments in closed form") from None
-        return (*found, *(known[node] for node in self.beside if node not in self.nodes))
+        return (*found, *(known[node] for node in self.computed))
 
 
 @final
@@ -327,11 +341,12 @@ class _Scorer(nn.Module):
         super().__init__()
         self.vae, self.widths, self.holes = vae, widths, holes
 
-    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, batch: Tensor | None = None) -> Tensor:
         each = dict(zip(self.widths, noise.split(list(self.widths.values()), dim=-1), strict=True))
         found = terms(
-            self.vae, {"x": x}, noise.shape[0], kl="sampled", holes=self.holes, noise=lambda node: Given([each[node]])
-        )
+            self.vae, _nodes(x, batch), noise.shape[0], kl="sampled", holes=self.holes,
+            noise=lambda node: Given([each[node]]),
+        )  # fmt: skip
         log_w = found.log_weights()
         # K counted by the graph: Python would write the example's into it.
         return log_w.logsumexp(0) - torch.ones_like(log_w).sum(0).log()

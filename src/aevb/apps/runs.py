@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from aevb.apps.summary import Finding, Summary
     from aevb.checkpoint import Run
-    from aevb.data import Data, Schema, SparseRows, Target
+    from aevb.data import Batch, Data, Schema, SparseRows, Target
     from aevb.evaluate import Marginal, Rounding
 
 __all__ = [
     "EVALUATION",
+    "batch_of",
     "column_names",
     "data_of",
     "diagnose_run",
@@ -144,14 +145,21 @@ def target_of(run: Run) -> Target | None:
     return Target.told(run.data["command"])
 
 
+def batch_of(run: Run) -> Batch | None:
+    """The column that names each row's batch, where the run has one."""
+    from aevb.data import Batch
+
+    return Batch.told(run.data)
+
+
 def values_of(run: Run, rows: Tensor | SparseRows) -> Any:
     """The nodes of a run's model in rows of its data."""
     from torch import Tensor
 
     if not isinstance(rows, Tensor):
         return rows
-    target = target_of(run)
-    return {"x": rows} if target is None else target.split(rows)
+    parts = target_of(run) or batch_of(run)
+    return {"x": rows} if parts is None else parts.split(rows)
 
 
 def marginal_of(run: Run, rows: Tensor | SparseRows, samples: int, **settings: Any) -> Marginal:
@@ -228,6 +236,7 @@ def diagnose_run(
     subject = Subject(
         vae=run.vae,
         rows=test_rows(run, data)[1],
+        nodes=lambda rows: values_of(run, rows),
         log_prob=log_prob,
         samples=summary.samples,
         few=few,
@@ -292,7 +301,7 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | 
     training = data.training()
     if isinstance(training, SparseRows):
         return "validation", training.select(held_out), labels
-    if data.target is not None:
+    if data.target is not None or data.batch is not None:
         return "validation", data.train[held_out], labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
@@ -316,13 +325,15 @@ def open_run(folder: Path) -> Run:
 def load_data(source: dict[str, Any]) -> Data:
     """The data that a run's command names."""
     from aevb.data import Schema, load, load_table
+    from aevb.data.sources import check_annotated
 
     name = source["source"]
     if source.get("schema"):
+        check_annotated(name, source.get("layer", ""), source.get("batch", ""))
         return load_table(name, Schema.from_json(source["schema"]), source.get("target", ""))
     return load(
         name, binarize=source["binarize"], seed=source["seed"], drop_constant=source["drop_constant"],
-        layer=source.get("layer", ""),
+        layer=source.get("layer", ""), batch=source.get("batch", ""),
     )  # fmt: skip
 
 
@@ -334,7 +345,7 @@ def data_of(run: Run, moved: str | None) -> Data:
             "made of, or use what takes a file: score, encode, impute, sample."
         )
     data = load_data(run.data["command"] | ({"source": moved} if moved else {}))
-    if data.describe()["sha256"] != run.data["sha256"]:
+    if any(data.describe().get(name) != run.data.get(name) for name in ("sha256", "batch")):
         raise InputError(
             f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
             "where it is now with --data."
@@ -354,7 +365,7 @@ def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
     rows = read_rows(
         path, columns=told["columns"], kept=told["kept"], features=told["features"], dropped=told["dropped"],
         image_shape=told.get("image_shape"), binarize=command["binarize"], seed=command["seed"],
-        layer=_layer(command, path),
+        layer=_layer(command, path), batch=batch_of(run),
     )  # fmt: skip
     if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in _COUNTS:
         rows.check_counts(f"`{path}`")
@@ -424,6 +435,7 @@ def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
     if given["library"] == "auto":
         dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
         given["library"] = "observed" if sparse and dispersed else "none"
+    given["batches"] = 0 if data.batch is None else len(data.batch)
     return ModelConfig(features=len(given.get("kinds", ())) or data.features, **given)
 
 
@@ -466,10 +478,12 @@ def rows_for_start(data: Data) -> dict[str, Any]:
         return {"x": data.train}
     if data.target is not None:
         return data.target.split(data.train)
+    if data.batch is not None:
+        return {"x": data.train}
     rows = data.train.float() if not data.train.is_floating_point() else data.train
     return {"x": rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows}
 
 
-def column_names(run: Run, rows: Tensor | SparseRows) -> list[str]:
+def column_names(run: Run) -> list[str]:
     """Those of the data, or made up."""
-    return list(run.data.get("columns") or [f"x{j + 1}" for j in range(rows.shape[1])])
+    return list(run.data.get("columns") or [f"x{j + 1}" for j in range(run.data["features"])])

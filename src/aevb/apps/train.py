@@ -59,7 +59,7 @@ def start(
         print(told, end="")
         rows = f"{data.name}: {len(data.train)} rows of {described.features}"
         net = ", net convolutional" if described.image else ""
-        print(f"{rows}{_known(data)}, likelihood {described.likelihood}{net}", flush=True)
+        print(f"{rows}{_beside(data)}, likelihood {described.likelihood}{net}", flush=True)
     run = _fit(vae, data, config, out, None, trackers, describe, processes)
     if processes.is_writer:
         _tell_end(run)
@@ -82,8 +82,10 @@ def _labelled(data: Data) -> int:
     return int((~data.train[:, data.target.at].isnan()).sum())
 
 
-def _known(data: Data) -> str:
-    """The target in words."""
+def _beside(data: Data) -> str:
+    """The batches, or the target, in words."""
+    if data.batch is not None:
+        return f", in {len(data.batch)} batches by {data.batch.column}"
     if data.target is None:
         return ""
     kind = data.target.kind if data.target.classes else f"{data.target.column.kind}, Gaussian"

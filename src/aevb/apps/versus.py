@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary
+from aevb.apps.summary import DENSITIES, UNTRUSTED_ABOVE, Summary, given_to, quantity
 from aevb.checkpoint import Run
 from aevb.config import InputError
 from aevb.data import SparseRows, Target
@@ -48,6 +48,7 @@ def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor | Sparse
         raise InputError("`aevb compare` needs two runs or more. Give their folders: aevb compare RUN RUN")
     (first, one), *others = runs.items()
     for name, other in others:
+        _check_given(first, one, name, other)
         for field, about, remedy in (
             ("binarize", "binarisation", "Binarise alike"),
             ("dropped", "columns left out", "Leave out the same columns"),
@@ -66,18 +67,29 @@ def check_comparable(runs: Mapping[str, Run], rows: Mapping[str, Tensor | Sparse
                 "where the other is a probability, and their logarithms have no common unit. Choose likelihoods of one "
                 "kind, and a table's columns of one kind."
             )
-        if one.vae.context != other.vae.context:
-            raise InputError(
-                f"`{first}` and `{name}` differ in what they are given ({', '.join(one.vae.context) or 'nothing'} and "
-                f"{', '.join(other.vae.context) or 'nothing'}): log p(x | library) is no log p(x). Train both with the "
-                "same --library."
-            )
         if not _same(rows[first], rows[name]):
             raise InputError(
                 f"`{first}` and `{name}` would be judged on different rows ({len(rows[first])} and {len(rows[name])}), "
                 "since the data have no test rows and each run held out its own. Train with the same --seed and "
                 "--validation, or give test rows."
             )
+
+
+def _check_given(first: str, one: Run, name: str, other: Run) -> None:
+    """Raise unless both have the density of the same thing given the same things."""
+    here, there = (given_to(run.vae) for run in (one, other))
+    if here != there:
+        raise InputError(
+            f"`{first}` and `{name}` differ in what they are given ({', '.join(here) or 'nothing'} and "
+            f"{', '.join(there) or 'nothing'}): log {quantity(here, False)} is no log {quantity(there, False)}. Train "
+            "both with the same --library and --batch."
+        )
+    by, other_by = ((run.data.get("batch") or {}).get("column") for run in (one, other))
+    if by != other_by:
+        raise InputError(
+            f"`{first}` and `{name}` take the batch from different columns, `{by}` and `{other_by}`: they are given "
+            "different things. Train both with the same --batch."
+        )
 
 
 def _same(one: Tensor | SparseRows, other: Tensor | SparseRows) -> bool:
@@ -104,10 +116,11 @@ def _densities(run: Run) -> tuple[bool, ...]:
 def told(contestants: Sequence[Contestant], found: Comparison) -> list[str]:
     """The comparison as the terminal shows it; the verdict is last."""
     best, width = found.best, max(len(name) for name in (*found.names, "run"))
-    split = contestants[0].summary.split
-    lines = [f"{split} log p(x) of {found.rows} rows, nats a row; differences are to {found.names[best]}, row by row"]
+    split, of = contestants[0].summary.split, f"log {contestants[0].summary.quantity}"
+    wide = max(18, len(of))
+    lines = [f"{split} {of} of {found.rows} rows, nats a row; differences are to {found.names[best]}, row by row"]
     lines.append(
-        f"{'rank':<7}{'run':<{width}}  {'log p(x)':>18}  {'difference':>17}  "
+        f"{'rank':<7}{'run':<{width}}  {of:>{wide}}  {'difference':>17}  "
         f"{f'{100 * found.confidence:g} % interval':>20}  k-hat > {UNTRUSTED_ABOVE}"
     )
     for i in found.mean.argsort(descending=True).tolist():
@@ -118,8 +131,10 @@ def told(contestants: Sequence[Contestant], found: Comparison) -> list[str]:
         if i != best:
             difference = f"{float(found.difference[i, best]):+.3f} ± {float(found.difference_error[i, best]):.3f}"
             interval = f"{float(found.low[i, best]):+.3f} to {float(found.high[i, best]):+.3f}"
-        untrusted = f"{contestants[i].summary.untrusted} of {found.rows}"
-        lines.append(f"{place:<7}{found.names[i]:<{width}}  {own:>18}  {difference:>17}  {interval:>20}  {untrusted}")
+        lines.append(
+            f"{place:<7}{found.names[i]:<{width}}  {own:>{wide}}  {difference:>17}  {interval:>20}  "
+            f"{contestants[i].summary.untrusted} of {found.rows}"
+        )
     lines += [f"{name}: {one.cost}" for name, one in zip(found.names, contestants, strict=True)]
     if any(one.summary.untrusted for one in contestants):
         lines.append(
@@ -127,10 +142,10 @@ def told(contestants: Sequence[Contestant], found: Comparison) -> list[str]:
             "them may be one of posteriors q, not of models p."
         )
         return [*lines, verdict(found, of="lower bounds")]
-    return [*lines, verdict(found)]
+    return [*lines, verdict(found, of)]
 
 
-def verdict(found: Comparison, of: str = "log p(x)") -> str:
+def verdict(found: Comparison, of: str) -> str:
     """What the intervals allow to be said, and no more; `of` names what was compared."""
     best, (_, worst_place) = found.best, found.ranks[found.best]
     rivals = [i for i in found.mean.argsort(descending=True).tolist() if i != best]

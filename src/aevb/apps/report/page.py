@@ -20,7 +20,7 @@ from aevb.apps.report.seen import SAMPLES, TABLE_DRAWS, look
 from aevb.apps.summary import ACTIVE_ABOVE, UNTRUSTED_ABOVE, Summary
 from aevb.checkpoint import Run, write_atomically
 from aevb.config import InputError
-from aevb.data import SparseRows, Target
+from aevb.data import Batch, SparseRows, Target
 
 __all__ = ["write_report"]
 
@@ -28,7 +28,7 @@ __all__ = ["write_report"]
 def write_report(
     run: Run, summary: Summary, path: Path, *, test: Tensor | SparseRows, labels: Tensor | None = None,
     image_shape: tuple[int, ...] | None = None, columns: Sequence[str] | None = None, maximum: float | None = None,
-    target: Target | None = None, seed: int = 0, classes: Sequence[str] = (),
+    target: Target | None = None, batch: Batch | None = None, seed: int = 0, classes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """Write the report of a run to one HTML file, whole or not at all.
 
@@ -44,6 +44,8 @@ def write_report(
         maximum: Largest pixel value; if None 255 for bytes, else that of the largest test pixel. It is shown as full
             ink, in images of bytes and of colours as full light.
         target: The column that is a node of its own; the others are drawn, and its classes colour the latent space.
+        batch: The batches that the model is given, whose one-hot columns stand behind the P others in `test`; they
+            colour the latent space where there are no labels.
         seed: Key of the samples; torch's own generator is not moved.
         classes: Names of the labels 0, 1, ...; those of a target are known.
 
@@ -71,7 +73,7 @@ def write_report(
         raise InputError(
             f"A report needs {error.name}, which is not installed. Install it: pip install 'aevb[apps]'."
         ) from None
-    _check(test, labels, image_shape, columns, classes)
+    _check(test, labels, image_shape, columns, classes, 0 if batch is None else len(batch))
     beside: dict[str, Tensor] = {}
     if target is not None:
         assert isinstance(test, Tensor)  # a table
@@ -80,10 +82,13 @@ def write_report(
         columns = None if columns is None else target.others(tuple(columns))
         if target.classes:
             labels, classes = values["y"].nan_to_num(-1.0), [str(label) for label in target.labels]
-    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, beside)
+    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, beside, batch)
+    if batch is not None and labels is None:
+        classes = batch.values
     with style.context(["default", STYLE]):
         shown = pictures.curves(run) | pictures.rise(summary) | pictures.usage(summary, seen)
-        shown |= pictures.latent_map(seen, classes) | {"diagnoses": findings.drawn(summary)}
+        shown |= pictures.latent_map(seen, classes, "" if batch is None or labels is not None else batch.column)
+        shown |= {"diagnoses": findings.drawn(summary)}
         if image_shape is None:
             shown |= pictures.columns(seen, columns)
         else:
@@ -105,11 +110,11 @@ def write_report(
 
 def _check(
     test: Tensor | SparseRows, labels: Tensor | None, image_shape: tuple[int, ...] | None,
-    columns: Sequence[str] | None, classes: Sequence[str],
+    columns: Sequence[str] | None, classes: Sequence[str], behind: int,
 ) -> None:  # fmt: skip
     if test.ndim < 2 or not len(test):
         raise InputError(f"`test` must be (N, P) with at least one row; got shape {tuple(test.shape)}. Give the rows.")
-    width = test[:1].numel()
+    width = test[:1].numel() - behind
     if labels is not None and labels.shape != test.shape[:1]:
         raise InputError(
             f"`labels` must be ({len(test)},), one a row; got shape {tuple(labels.shape)}. Match the rows."

@@ -230,12 +230,12 @@ def _against(name: str, across: Array, up: Array, xlabel: str, ylabel: str, note
     return picture(figure, name, f"Column {name}: {ylabel} against {xlabel}, {note}.", note)
 
 
-def latent_map(seen: Seen, classes: Sequence[str] = ()) -> dict[str, Any]:
-    """Posterior means in the plane; `classes` are names of the labels 0, 1, ..."""
+def latent_map(seen: Seen, classes: Sequence[str] = (), batch: str = "") -> dict[str, Any]:
+    """Posterior means in the plane; `classes` are names of the labels 0, 1, ..., which are those of `batch`, if any."""
     rows, width = seen.codes.shape
     groups = _groups(seen.labels, rows, classes)
     if not width or rows < _FEWEST:
-        return {"map": None, "labelled": False}
+        return {"map": None, "labelled": False, "batch": batch}
     figure, axes = blank(4.2)
     if width == 1:
         parts, names = [seen.codes[chosen, 0] for _, chosen, _, _ in groups], [_verbatim(n) for n, _, _, _ in groups]
@@ -251,11 +251,13 @@ def latent_map(seen: Seen, classes: Sequence[str] = ()) -> dict[str, Any]:
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if len(groups) > 1:
         ncols = 6 if max(len(name) for name, _, _, _ in groups) < 8 else 3
-        figure.legend(loc="outside lower center", ncols=ncols, title="label", handletextpad=0.1, columnspacing=1)
-    told = f", by label: {', '.join(name for name, _, _, _ in groups)}" if len(groups) > 1 else ""
+        title = _verbatim(batch or "label")
+        figure.legend(loc="outside lower center", ncols=ncols, title=title, handletextpad=0.1, columnspacing=1)
+    told = f", by {batch or 'label'}: {', '.join(name for name, _, _, _ in groups)}" if len(groups) > 1 else ""
     return {
         "map": picture(figure, "Posterior means", f"{ylabel} against {xlabel}, {rows} rows{told}."),
         "labelled": len(groups) > 1,
+        "batch": batch,
     }
 
 

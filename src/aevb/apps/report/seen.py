@@ -14,7 +14,7 @@ from aevb.apps.report.drawing import Array
 from aevb.apps.summary import sizes
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating, prepare, terms
-from aevb.data import SparseRows
+from aevb.data import Batch, SparseRows
 
 __all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "look"]
 
@@ -30,7 +30,7 @@ class Seen:
 
     x: Array  # (N, P), NaN where missing
     total: int  # rows that the N were taken from
-    labels: Array | None  # (N,)
+    labels: Array | None  # (N,); of rows with batches and no labels, the codes of those
     node: str | None  # the latent node shown, None if there is none
     codes: Array  # (N, D) its posterior means
     kl: Array  # (G,) its KL, nats, mean over the rows
@@ -41,25 +41,33 @@ class Seen:
 
 def look(
     vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int, seed: int,
-    beside: Mapping[str, Tensor] | None = None,
+    beside: Mapping[str, Tensor] | None = None, batch: Batch | None = None,
 ) -> Seen:  # fmt: skip
-    """Encode, reconstruct and sample; `beside` are further nodes of the rows, which are not drawn."""
+    """Encode, reconstruct and sample; `beside` are further nodes of the rows, which are not drawn.
+
+    The batches of rows that are drawn are as frequent as among those trained on.
+    """
     most = max(TILES, _ENTRIES // test[:1].numel())
     kept, draws = evenly(len(test), min(_POINTS, most)), min(draws, most)
     with torch.random.fork_rng(), evaluating(vae):
         torch.manual_seed(seed)
-        rows = {"x": test[kept if isinstance(test, SparseRows) else kept.to(test.device)]}
+        chosen = test[kept if isinstance(test, SparseRows) else kept.to(test.device)]
+        rows = {"x": chosen} if batch is None else batch.split(chosen)
         values = prepare(vae, rows | {name: value[kept] for name, value in (beside or {}).items()})
         x, means = values["x"], {node: d.mean for node, d in vae.posterior(values).items()}
         node = next((each for each in means if each not in values), None)
         known = dict(values)
         for each, mean in means.items():  # as it is where it is known, else at its mean
             known[each] = torch.where(known[each].isnan(), mean, known[each]) if each in known else mean
-        found, drawn = terms(vae, values), vae.p.sample(draws, sizes(vae, draws))
+        given = {} if batch is None else {"batch": batch.one_hot(batch.drawn(draws)).to(x)}
+        found, drawn = terms(vae, values), vae.p.sample(draws, given | sizes(vae, draws))
+        colours = None if labels is None else labels[kept.to(labels.device)]
+        if labels is None and batch is not None:
+            colours = rows["batch"].argmax(-1)
         return Seen(
             x=_array(x),
             total=len(test),
-            labels=None if labels is None else _array(labels[kept.to(labels.device)])[:, 0],
+            labels=None if colours is None else _array(colours)[:, 0],
             node=node,
             codes=_array(means[node]) if node else np.zeros((len(x), 0)),
             kl=_array(found.node_kl(node).flatten(0, -2).mean(0))[:, 0] if node else np.zeros(0),

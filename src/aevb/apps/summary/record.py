@@ -26,7 +26,17 @@ from aevb.evaluate.latents import ACTIVE_ABOVE
 from aevb.evaluate.stream import digest_of
 from aevb.nets import LogTotal
 
-__all__ = ["ACTIVE_ABOVE", "DENSITIES", "UNTRUSTED_ABOVE", "Summary", "quantity", "sizes", "summarize", "weights_of"]
+__all__ = [
+    "ACTIVE_ABOVE",
+    "DENSITIES",
+    "UNTRUSTED_ABOVE",
+    "Summary",
+    "given_to",
+    "quantity",
+    "sizes",
+    "summarize",
+    "weights_of",
+]
 
 UNTRUSTED_ABOVE = 0.7
 """Pareto k-hat above which an importance-sampling estimate is not to be trusted (Vehtari et al., 2024)."""
@@ -35,7 +45,7 @@ _BYTES = "discretized-logistic"
 DENSITIES = ("normal", "student-t")
 """Likelihoods that are densities in the data's units; the others are probabilities."""
 _DERIVED = ("gap", "bits_per_dim")
-_GIVEN = "{}, computed of x itself: compare with models that are given it, too, and with no other log p(x)"
+_GIVEN = "{}: compare with models that are given {}, too, and with no other log p(x)"
 _LEAST_FOR_K = 25  # a fifth of the draws is the tail, and five points are the least a fit is made to
 
 
@@ -61,6 +71,7 @@ class Summary:
     weights: str = ""  # fingerprint of the weights that were evaluated
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
     given: tuple[str, ...] = ()  # what p takes as given that is computed of x itself
+    beside: tuple[str, ...] = ()  # what p takes as given that stands beside x in the data
     target: str = ""  # the column that is y, where the model has one
     precision: str = "float32"  # of matrix products
     findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
@@ -88,8 +99,8 @@ class Summary:
 
     @property
     def quantity(self) -> str:
-        """What is estimated: p(x), p(x | library), or p(x, y)."""
-        return quantity(self.given, bool(self.target))
+        """What is estimated: p(x), p(x | batch, library), or p(x, y)."""
+        return quantity((*self.beside, *self.given), bool(self.target))
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
@@ -99,7 +110,7 @@ class Summary:
         return [
             ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
             *([("likelihood", f"{self.likelihood}: {self.quantity} is a {kind}")] if self.likelihood else []),
-            *([("given", _GIVEN.format(", ".join(self.given)))] if self.given else []),
+            *([("given", self._what_is_given())] if self.given or self.beside else []),
             *([("target", f"{self.target} is y; where it is missing, log p(x) counts")] if self.target else []),
             ("importance samples", f"{self.samples} a row, seed {self.seed}{self._rounded}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
@@ -108,6 +119,11 @@ class Summary:
             *([("bits per dimension", self._coded())] if self.bits_per_dim is not None else []),
             ("active dimensions", f"{active} (Var E[z|x] > {ACTIVE_ABOVE})"),
         ]
+
+    def _what_is_given(self) -> str:
+        parts = [", ".join(self.beside) + ", told of each row"] if self.beside else []
+        parts += [", ".join(self.given) + ", computed of x itself"] if self.given else []
+        return _GIVEN.format(", and ".join(parts), "it" if len(self.given) + len(self.beside) == 1 else "them")
 
     @property
     def _rounded(self) -> str:
@@ -151,7 +167,7 @@ class Summary:
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         known: dict[str, Any] = {n: math.nan if v is None else v for n, v in fields.items() if n not in _DERIVED}
-        known["given"] = tuple(known.get("given", ()))
+        known |= {name: tuple(known.get(name, ())) for name in ("given", "beside")}
         known["findings"] = {name: Finding.from_json(each) for name, each in known.get("findings", {}).items()}
         return cls(**known)
 
@@ -186,11 +202,12 @@ def summarize(
             "support, or draw more samples."
         )
     if isinstance(values, SparseRows):
-        units, features = _active_in_parts(vae, values), values.shape[1]
+        units, features = _active_in_parts(vae, values), values.features
         known = rows * features
     else:
-        units, features = active_units(vae, values), sum(value[0].numel() for value in values.values())
-        known = sum(int((~value.isnan()).sum()) for value in values.values())
+        own = [value for name, value in values.items() if name not in vae.given]
+        units, features = active_units(vae, values), sum(value[0].numel() for value in own)
+        known = sum(int((~value.isnan()).sum()) for value in own)
         units = {node: spread for node, spread in units.items() if node not in values}  # a target is no code
     spread = {node: variance.flatten().tolist() for node, variance in units.items()}
     return Summary(
@@ -212,22 +229,28 @@ def summarize(
         weights=weights_of(vae),
         likelihood=vae.config.likelihood if vae.config else "",
         given=vae.context,
+        beside=vae.given,
         target=target,
         precision=precision,
     )
 
 
 def quantity(given: Sequence[str], target: bool) -> str:
-    """What the log p of a row is of: p(x), p(x | library), or p(x, y)."""
+    """What the log p of a row is of: p(x), p(x | batch, library), or p(x, y)."""
     if target:
         return "p(x, y)"
     return f"p(x | {', '.join(given)})" if given else "p(x)"
 
 
-def sizes(vae: VAE, rows: int) -> dict[str, Tensor] | None:
+def given_to(vae: VAE) -> tuple[str, ...]:
+    """What p takes as given: context that the rows bring, then what is computed of x itself."""
+    return (*vae.given, *vae.context)
+
+
+def sizes(vae: VAE, rows: int) -> dict[str, Tensor]:
     """Library sizes to draw rows with, log-normal as those trained on, where the model takes them as given."""
     if vae.context != ("library",):
-        return None
+        return {}
     net = vae.q.conditional("library").net
     assert isinstance(net, LogTotal)
     return {"library": net.loc + net.scale * torch.randn(rows, 1)}

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aevb.apps.runs import column_names, data_of, schema_of, target_of
+from aevb.apps.runs import batch_of, column_names, data_of, schema_of, target_of
 from aevb.config import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from aevb.checkpoint import Run
-    from aevb.data import Column
+    from aevb.data import Batch, Column
 
 __all__ = ["sample_file"]
 
@@ -28,14 +28,14 @@ def sample_file(
     """Draw rows, under conditions if there are any, and write them; what was found, a line each."""
     import torch
 
-    from aevb.apps.summary import sizes
     from aevb.data import encode, widened
     from aevb.evaluate import sample_given
 
-    if given and run.vae.context:
+    batch, codes = batch_of(run), None
+    if given and run.vae.context and batch is None:
         raise InputError("`--given` is not for models whose rows come with a library size. Leave it out.")
     schema, target, bounds, lines = schema_of(run), target_of(run), None, []
-    if given:
+    if given and batch is None:
         told, bounds = _bounds(run, given)
         nodes = {"x": bounds} if target is None else target.split(bounds)
         nodes = {node: pair for node, pair in nodes.items() if not bool(pair.isinf().all())}
@@ -65,22 +65,64 @@ def sample_file(
     else:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            drawn = run.vae.p.sample(rows, sizes(run.vae, rows))
-            x = drawn["x"] if target is None else target.join(drawn)
-    frame = _written(out, run, x)
-    lines.append(f"{rows} rows written to {out}")
+            x, codes = _drawn(run, rows, given)
+    frame = _written(out, run, x, codes)
+    lines.append(f"{rows} rows written to {out}" + ("" if batch is None else f"; last column: {_legend(batch, out)}"))
     if not run.data.get("image_shape"):
         numbers = torch.from_numpy(encode(schema, frame)) if schema else torch.from_numpy(widened(x.numpy()))
         lines.append(_nearness(run, numbers, bounds, moved))
     return lines
 
 
-def _written(path: Path, run: Run, x: Tensor) -> Any:
-    """Rows that a model made, with the types and names of a table's columns; the table, where there is one."""
+def _drawn(run: Run, rows: int, given: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+    """Rows from torch's current generator, and the batch of each, `(rows,)`, where the model is given one."""
+    from aevb.apps.summary import sizes
+
+    batch, target = batch_of(run), target_of(run)
+    codes = None if batch is None else _codes(batch, given, rows)
+    held = sizes(run.vae, rows)
+    if batch is not None and codes is not None:
+        held["batch"] = batch.one_hot(codes).to(next(run.vae.parameters()))
+    drawn = run.vae.p.sample(rows, held)
+    return drawn["x"] if target is None else target.join(drawn), codes
+
+
+def _codes(batch: Batch, given: Sequence[str], rows: int) -> Tensor:
+    """The batch of each row, `(rows,)`: the one that is given, else as frequent as among the rows trained on."""
+    import torch
+
+    from aevb.data.files import listed
+
+    if not given:
+        return batch.drawn(rows)
+    name, value = given[0].strip()[: len(batch.column)], given[0].strip()[len(batch.column) :].strip()
+    value = value.removeprefix("=").removeprefix("=").strip() if value.startswith("=") else ""
+    if len(given) > 1 or name != batch.column or value not in batch.values:
+        raise InputError(
+            f"`--given` takes one condition on this model, {batch.column}=VALUE, with one of {listed(batch.values)}; "
+            f"got {' '.join(map(repr, given))}. Write e.g. --given {batch.column}={batch.values[0]}."
+        )
+    return torch.full((rows,), batch.values.index(value))
+
+
+def _legend(batch: Batch, out: Path) -> str:
+    """The column that tells each row's batch: by name, or in files of numbers by code."""
+    if out.suffix.lower() != ".npy":
+        return batch.column
+    return f"{batch.column}, as " + ", ".join(f"{code} for {value}" for code, value in enumerate(batch.values))
+
+
+def _written(path: Path, run: Run, x: Tensor, codes: Tensor | None) -> Any:
+    """Rows that a model made, with the types and names of a table's columns; the table, where there is one.
+
+    Their batches stand in the last column.
+    """
     import torch
 
     from aevb.data import decode, write_frame, write_images, write_rows
+    from aevb.data.tables import polars
 
+    pl = polars()
     if schema := schema_of(run):
         frame = decode(schema, x.numpy())
         write_frame(path, frame)
@@ -90,7 +132,13 @@ def _written(path: Path, run: Run, x: Tensor) -> Any:
         levels = run.vae.config is not None and run.vae.config.likelihood == "discretized-logistic"
         write_images(path, (x.to(torch.uint8) if levels else x).numpy(), shape, _tones(run, x))
         return None
-    write_rows(path, x.numpy(), column_names(run, x))
+    if (batch := batch_of(run)) is None or codes is None:
+        write_rows(path, x.numpy(), column_names(run))
+    elif path.suffix.lower() == ".npy":
+        write_rows(path, torch.cat([x, codes.unsqueeze(1).to(x)], 1).numpy())
+    else:
+        names = pl.Series(batch.column, [batch.values[code] for code in codes.tolist()])
+        write_frame(path, pl.from_numpy(x.numpy(), schema=column_names(run)).with_columns(names))
     return None
 
 
@@ -113,7 +161,7 @@ def _bounds(run: Run, given: Sequence[str]) -> tuple[Tensor, Tensor]:
     import torch
 
     schema, target = schema_of(run), target_of(run)
-    names = list(schema.names) if schema else column_names(run, run.vae.p.sample(1)["x"])
+    names = list(schema.names) if schema else column_names(run)
     told = torch.tensor([[-math.inf], [math.inf]], dtype=torch.float64).repeat(1, len(names))
     margin = torch.zeros(len(names), dtype=torch.float64)
     for text in given:
@@ -191,7 +239,8 @@ def _nearness(run: Run, rows: Tensor, bounds: Tensor | None, moved: str | None) 
     if not isinstance(data.train, torch.Tensor):
         return "not compared with the rows trained on, which are sparse"
     trained, kept = split_rows(len(data.train), run.config)
-    others = data.test if data.test is not None else data.train[kept]
+    seen = data.train if data.batch is None else data.batch.split(data.train)["x"]
+    others = data.test if data.test is not None else seen[kept]
     if bounds is not None:  # those that meet the conditions, too
         others = others[((others >= bounds[0]) & (others <= bounds[1]) | bounds.isinf().all(0)).all(1)]
     schema = schema_of(run)
@@ -200,7 +249,7 @@ def _nearness(run: Run, rows: Tensor, bounds: Tensor | None, moved: str | None) 
     for x, name in ((rows, "rows made"), (others, "rows held out")):
         if len(x):
             some = x[torch.linspace(0, len(x) - 1, min(_COMPARED, len(x))).long()]
-            gap = distance_to_closest(some, data.train[trained], codes)
+            gap = distance_to_closest(some, seen[trained], codes)
             low, middle = gap.nanquantile(gap.new_tensor([0.05, 0.5])).tolist()
             parts.append(f"{middle:.4f} (5 %: {low:.4f}; copies: {int((gap == 0).sum())}) of {len(some)} {name}")
     return "median distance to the closest row trained on: " + ", ".join(parts)

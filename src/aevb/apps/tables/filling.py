@@ -48,8 +48,7 @@ def encode_file(run: Run, path: str, out: Path) -> str:
     with evaluating(run.vae):
         values = rows_of_file(run, path)
         if isinstance(values, torch.Tensor):  # as a whole: what is wrong is told by its place in the file
-            inside = prepare(run.vae, values_of(run, values))["x"]
-            values = inside if target is None else values.to(inside)
+            values = values.to(prepare(run.vae, values_of(run, values))["x"])
         codes = in_parts(values, look, together=_TOGETHER)
     parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
     rows = len(next(iter(parts.values())))
@@ -91,6 +90,8 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     if not isinstance(rows, torch.Tensor) or not (holes or whole):
         raise InputError(f"`{path}` has no missing entry in the model's columns. There is nothing to fill in.")
     target, sure = target_of(run), {}
+    values = values_of(run, rows)
+    rows = rows if target is not None else values["x"]
     if target is not None and not draws:  # in files of a folder also where it is known throughout: all have one form
         name, figures = told(run, rows, target)
         sure = {name: torch.where(rows[:, target.at].isnan(), figures.to(rows), math.nan)}
@@ -100,7 +101,7 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     if target is not None:
         sets, ess = filled(run, rows, target, draws, samples, seed)
     else:
-        found = impute(run.vae, {"x": rows}, samples, draws=draws, seed=seed)
+        found = impute(run.vae, values, samples, draws=draws, seed=seed)
         each = list(found.draws["x"]) if draws else [found.mean["x"]]
         sets, ess = [torch.where(rows.isnan(), one.to(rows), rows) for one in each], found.ess
     _write_imputed(run, path, out, sets, bool(draws), sure)

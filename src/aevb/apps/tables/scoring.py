@@ -54,23 +54,24 @@ def score_file(
     told: list[Callable[[], None]] = []
     if top and found is not None:
         told.append(partial(print_table, _oddities(run, rows, marginal, found, top)))
-    if isinstance(rows, torch.Tensor) and rows.is_floating_point() and (blank := int(rows.isnan().all(1).sum())):
+    target, values = target_of(run), values_of(run, rows)
+    x = values["x"] if isinstance(rows, torch.Tensor) and target is None else rows
+    if isinstance(x, torch.Tensor) and x.is_floating_point() and (blank := int(x.isnan().all(1).sum())):
         told.append(partial(print, f"rows that hold nothing, whose log p is 0: {blank}"))
-    target = target_of(run)
     about: dict[str, Any] = {"seed": seed, "split": Path(path).name, "data": pixels(run)}
     about["target"] = "" if target is None else target.name
-    summary = summarize(run.vae, values_of(run, rows), marginal, **about)
+    summary = summarize(run.vae, values, marginal, **about)
     return summary, told
 
 
 def score_quietly(run: Run, path: str, out: Path, *, by_column: bool, samples: int, seed: int) -> str:
     """Score the rows of one file of many and write their figures; tells of it in one line."""
-    from aevb.apps.summary import quantity
+    from aevb.apps.summary import given_to, quantity
 
     rows, marginal, _ = _scored(
         run, path, out, by_column=by_column, by_entry=by_column, samples=samples, seed=seed, quiet=True
     )
-    of = quantity(run.vae.context, target_of(run) is not None)
+    of = quantity(given_to(run.vae), target_of(run) is not None)
     return f"{len(rows)} rows, mean log {of} {float(marginal.log_prob.mean()):.2f} nats, written to {out}"
 
 
@@ -99,7 +100,7 @@ def _scored(
     if out is not None:
         figures = [(name, getattr(marginal, name)) for name in ("log_prob", "std_error", "ess", "pareto_k")]
         if by_column and found is not None:
-            for j, name in enumerate(column_names(run, rows)):
+            for j, name in enumerate(column_names(run)):
                 figures += [(f"{name}_nll", found.nll[:, j]), (f"{name}_nll_std_error", found.std_error[:, j])]
         if out.suffix.lower() == ".h5ad":
             write_h5ad(Path(path), out, obs={f"aevb_{name}": each.numpy() for name, each in figures})
@@ -132,7 +133,7 @@ def _oddities(run: Run, rows: Tensor | SparseRows, marginal: Marginal, found: Su
     """The rows that the model finds least likely, and the columns that are odder there than they mostly are."""
     from aevb.data import decode
 
-    schema, names, lines = schema_of(run), column_names(run, rows), []
+    schema, names, lines = schema_of(run), column_names(run), []
     # A density has the units of its column: what is odd is told by comparison with the column's other rows.
     excess = found.nll - found.nll.nanmedian(0).values
     for row in marginal.log_prob.argsort()[:top].tolist():
