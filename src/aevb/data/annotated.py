@@ -52,8 +52,10 @@ def read_h5ad(path: Path, layer: str = "", batch: str = "") -> Source:
                 f"{listed(had) if had else 'none'}. Name one of them with --layer, or write the file with AnnData."
             )
         names = _names(home["var"], where)
-        batches = _batches(file, batch, where) if batch else None
-        return Source(name=path.name, train=Part(where=where, values=_matrix(home[place], where), columns=names,
+        values, batches = _matrix(home[place], where), _batches(file, batch, where) if batch else None
+        if batches is not None and len(batches) != values.shape[0]:
+            raise InputError(f"{where} has {values.shape[0]} rows and {len(batches)} in .obs. Write it with AnnData.")
+        return Source(name=path.name, train=Part(where=where, values=values, columns=names,
                                                  named=names is not None, batches=batches))  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
         had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
         raise InputError(
             f"{where} has no column `{shown(column)}` in .obs, which is to name each row's batch; it has "
-            f"{listed(had) if had else 'none'}. Name one of them, or add it: adata.obs[{column!r}] = ..."
+            f"{listed(had) if had else 'none'}. Add it, adata.obs[{column!r}] = ..., or name another when training."
         )
     stored, missing, allowed = table[column], None, "biufOSU"
     if "categories" in stored.attrs:  # of AnnData 0.7, by reference
