@@ -222,6 +222,21 @@ def test_a_column_of_batches_may_be_of_several_types(tmp_path: Path, kind: str) 
     assert sum(data.batch.counts) == 60
 
 
+def test_categories_that_stand_elsewhere_are_found(tmp_path: Path) -> None:
+    """As AnnData 0.7 wrote them: codes in the column, and in its attribute a reference to their names."""
+    path = cells(tmp_path, counts(), None)
+    with h5py.File(path, "r+") as file:
+        names = file.create_dataset("obs/__categories/donor", data=["u", "v", "w"], dtype=h5py.string_dtype())
+        file["obs/donor"] = np.arange(60) % 2 * 2
+        file["obs/donor"].attrs["categories"] = names.ref
+    batch = load(path, batch="donor").batch
+    assert batch == Batch(column="donor", values=("u", "w"), counts=(30, 30))
+    with h5py.File(path, "r+") as file:
+        del file["obs"].attrs["column-order"]
+    with pytest.raises(InputError, match=r"before AnnData 0.7, whose columns of .obs are not read"):
+        load(path, batch="donor")
+
+
 BAD: dict[str, tuple[Any, str, str]] = {
     "no such column": (DONORS, "plate", "has no column `plate` in .obs, .* it has `depth`, `donor`"),
     "missing": ([*DONORS[:3], None, *DONORS[4:]], "donor", "row 3 .counting from 0. has no value of `donor`"),
