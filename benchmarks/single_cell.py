@@ -6,8 +6,7 @@ DATA is a sparse matrix of counts, as `scipy.sparse.save_npz` writes it, with la
 cells, drawn by the seed, is held out; of the others' genes the most variable ones are kept (by the variance of
 log(1 + count), without a look at labels or held-out cells). Both models see the same training cells, and hold a tenth
 of them back by their own defaults. Each contestant runs at its own defaults: `scVI` is scvi-tools' (10 latents, one
-hidden layer of 128, zero-inflated, 400 epochs for few cells); `AEVB` is `aevb train`'s for counts; `AEVB 10-128` has
-scVI's sizes.
+hidden layer of 128, zero-inflated, 400 epochs for few cells); `AEVB` is `aevb train`'s for counts, of the same sizes.
 
 Held-out log-likelihood: both models take a cell's library size, the sum of its counts here, as given, so that figures
 are log p(x | library), nats a cell, with all constants; they compare with each other and not with log p(x). All models
@@ -35,8 +34,9 @@ from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
 
 import aevb
+from aevb.apps.choices import model_config
 from aevb.bounds import evaluating
-from aevb.data import SparseRows, load
+from aevb.data import Data, SparseRows, load
 from aevb.distributions import ZeroInflatedNegativeBinomial
 
 
@@ -47,17 +47,13 @@ class Fitted:
     own: Callable[[Tensor], float] | None = None  # its own estimate of the mean log-likelihood of some rows
 
 
-def by_aevb(train: SparseRows, seed: int, **sizes: object) -> Fitted:
-    config = aevb.ModelConfig(features=train.shape[1], likelihood="negative-binomial", library="observed", **sizes)
+def by_aevb(train: SparseRows, seed: int) -> Fitted:
+    config = model_config({}, Data(name="cells", train=train))
     torch.manual_seed(seed)
     began = time.monotonic()
     vae = aevb.build_vae(config, train)
     aevb.fit(vae, train, aevb.TrainConfig(seed=seed))
     return Fitted(vae=vae, seconds=time.monotonic() - began)
-
-
-def by_aevb_small(train: SparseRows, seed: int) -> Fitted:
-    return by_aevb(train, seed, latents=10, hidden=(128,))
 
 
 class _Encoder(nn.Module):
@@ -115,9 +111,7 @@ def by_scvi(train: SparseRows, seed: int) -> Fitted:
     return Fitted(vae=vae, seconds=seconds, own=own)
 
 
-METHODS: dict[str, Callable[[SparseRows, int], Fitted]] = {
-    "AEVB": by_aevb, "AEVB 10-128": by_aevb_small, "scVI": by_scvi,
-}  # fmt: skip
+METHODS: dict[str, Callable[[SparseRows, int], Fitted]] = {"AEVB": by_aevb, "scVI": by_scvi}
 
 
 def split(rows: SparseRows, genes: int, seed: int) -> tuple[SparseRows, SparseRows, np.ndarray]:

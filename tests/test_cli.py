@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import gzip
 import html
@@ -28,11 +27,10 @@ import torch
 from PIL import Image
 
 from aevb import load
+from aevb.apps.choices import model_config
 from aevb.apps.cli import main
-from aevb.apps.flags import model_flags
-from aevb.apps.runs import model_config
 from aevb.config import InputError, ModelConfig
-from aevb.data import Data
+from aevb.data import Data, SparseRows
 from aevb.data import load as load_data
 
 AEVB = [sys.executable, "-c", "import sys; sys.argv[0] = 'aevb'; from aevb.apps.cli import main; main()"]
@@ -362,7 +360,7 @@ def test_holes_in_images_are_seen_and_filled_in(tmp_path) -> None:
 
 
 def _config(data: Data, **flags: object) -> ModelConfig:
-    return model_config(dataclasses.asdict(model_flags()()) | flags, data)
+    return model_config(flags, data)
 
 
 def test_bytes_are_no_floats(tmp_path) -> None:
@@ -404,6 +402,26 @@ def test_what_is_taken_for_images_of_bytes() -> None:
     assert _config(other, net="plain").net == "plain"
     with pytest.raises(InputError, match="`--net convolutional` is for images, and the rows of a are none"):
         _config(other, net="convolutional")
+
+
+def test_sizes_of_models_of_cells() -> None:
+    """Those of the field where there is a library, each overruled by its flag; batch statistics need a whole batch."""
+    from scipy.sparse import csr_array
+
+    rows = SparseRows(csr_array(np.random.default_rng(0).poisson(0.5, (30, 6)) * 2.0))
+    cells = Data(name="a", train=rows)
+
+    def sizes(config: ModelConfig) -> tuple[str, int, tuple[int, ...], bool]:
+        return config.library, config.latents, config.hidden, config.batch_norm
+
+    assert sizes(_config(cells)) == ("observed", 10, (128,), True)
+    assert sizes(_config(cells, library="latent")) == ("latent", 10, (128,), True)
+    assert sizes(_config(cells, library="none")) == ("none", 32, (256, 256), False)
+    assert sizes(_config(Data(name="a", train=rows[:]))) == ("none", 32, (256, 256), False)
+    given = {"latents": 32, "hidden": (256, 256), "batch_norm": False}
+    assert sizes(_config(cells, **given)) == ("observed", 32, (256, 256), False)
+    assert sizes(_config(cells, hidden=())) == ("observed", 10, (), False)
+    assert _config(cells, net="gated").batch_norm is model_config({}, cells, shards=2).batch_norm is False
 
 
 def _read(path: Path) -> np.ndarray:

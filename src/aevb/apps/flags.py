@@ -5,26 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 from inspect import getsource
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from aevb.apps.choices import AUTO
 from aevb.config import ModelConfig
 
 __all__ = ["ModelFlags", "model_flags"]
 
-_AUTO = {
-    "likelihood": "mixed for a table whose columns have names; else counts with a known limit, zeros and ones, bytes "
-    "of an image (discretized-logistic), or real values, as the data are",
-    "library": "observed for a sparse matrix, else none",
-    "net": "convolutional for images of bytes, from 16 pixels a side on, without --hidden or --posterior product; "
-    "else plain",
-}
-"""What the data decide where a flag does not."""
-
-
 _DECIDED = ("features", "kinds", "image", "target", "batches")
 """What the data alone decide, or a flag that names something in them."""
+_METAVARS = {"total_count": "INT", "latents": "{auto}|INT", "hidden": "{auto}|INT [INT ...]"}
 
 
 def model_flags() -> type:
@@ -40,10 +32,11 @@ def model_flags() -> type:
     for field in dataclasses.fields(ModelConfig):
         if field.name in _DECIDED:
             continue
-        kind, default, metavar = hints[field.name], field.default, "INT" if field.name == "total_count" else None
-        if field.name in _AUTO:
-            kind, default = Literal["auto", *get_args(kind)], "auto"
-            told[field.name] += f" auto: {_AUTO[field.name]}."
+        kind, default, metavar = hints[field.name], field.default, _METAVARS.get(field.name)
+        if field.name in AUTO:
+            choices = get_args(kind) if get_origin(kind) is Literal else ()
+            kind, default = Literal["auto", *choices] if choices else kind | Literal["auto"], "auto"
+            told[field.name] += f" auto: {AUTO[field.name]}."
         about = tyro.conf.arg(help=told[field.name], metavar=metavar)
         made.append((field.name, Annotated[kind, about], dataclasses.field(default=default)))
     return dataclasses.make_dataclass("Model", made, frozen=True, kw_only=True)

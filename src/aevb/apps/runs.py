@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aevb.apps.choices import COUNTS
 from aevb.apps.progress import rows_done
-from aevb.config import InputError, Likelihood, ModelConfig, Precision
+from aevb.config import InputError, Precision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,6 @@ __all__ = [
     "judged",
     "load_data",
     "marginal_of",
-    "model_config",
     "open_run",
     "pixels",
     "predicted",
@@ -44,8 +44,6 @@ __all__ = [
     "test_rows",
     "values_of",
 ]
-
-_COUNTS = ("poisson", "negative-binomial", "zero-inflated", "binomial", "beta-binomial")
 
 EVALUATION, _LOG_PROBS = "evaluation.json", "evaluation.npy"
 _ROUNDING, _PREDICTION = "bfloat16", "prediction"
@@ -367,7 +365,7 @@ def rows_of_file(run: Run, path: str) -> Tensor | SparseRows:
         image_shape=told.get("image_shape"), binarize=command["binarize"], seed=command["seed"],
         layer=_layer(command, path), batch=batch_of(run),
     )  # fmt: skip
-    if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in _COUNTS:
+    if isinstance(rows, SparseRows) and run.vae.config and run.vae.config.likelihood in COUNTS:
         rows.check_counts(f"`{path}`")
     elif rows.dtype == torch.uint8:
         _check_bytes(run, path)
@@ -397,77 +395,6 @@ def schema_of(run: Run) -> Schema | None:
 
     told = run.data["command"].get("schema")
     return Schema.from_json(told) if told else None
-
-
-def model_config(model: dict[str, Any], data: Data) -> ModelConfig:
-    """The flags, completed by what the data tell."""
-    from aevb.data import SparseRows
-
-    given, sparse = dict(model), isinstance(data.train, SparseRows)
-    if given["likelihood"] == "auto":
-        given["likelihood"] = "mixed" if data.kinds else _likelihood(data)
-    if given["likelihood"] in ("binomial", "beta-binomial") and given["total_count"] is None:
-        given["total_count"] = data.total_count
-    if given["likelihood"] in ("normal", "student-t") and data.constant:
-        raise InputError(
-            f"{data.name}: {', '.join(map(repr, data.constant[:10]))} constant in the train rows, and the scale of a "
-            "normal or student-t likelihood would go to zero there. Leave them out with --drop-constant."
-        )
-    if given["likelihood"] == "mixed":
-        if not data.kinds:
-            raise InputError("`--likelihood mixed` is for tables whose columns have names. Give such a file.")
-        given["kinds"] = data.kinds if data.target is None else data.target.others(data.kinds)
-        given["target"] = "" if data.target is None else data.target.kind
-    if isinstance(data.train, SparseRows):
-        if given["likelihood"] in _COUNTS:
-            data.train.check_counts(data.name)
-    else:
-        given["holes"] |= any(x is not None and bool(x.isnan().any()) for x in (data.train, data.test))
-    if given["net"] == "auto":
-        given["net"] = "convolutional" if _for_convolutions(given, data) else "plain"
-    if given["net"] == "convolutional":
-        if data.image_shape is None:
-            raise InputError(
-                f"`--net convolutional` is for images, and the rows of {data.name} are none, or none any more where "
-                "--drop-constant left pixels out. Give images, or another --net."
-            )
-        given["image"] = (1, *data.image_shape)[-3:]
-    if given["library"] == "auto":
-        dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
-        given["library"] = "observed" if sparse and dispersed else "none"
-    given["batches"] = 0 if data.batch is None else len(data.batch)
-    return ModelConfig(features=len(given.get("kinds", ())) or data.features, **given)
-
-
-_LEAST_SIDE = 16
-"""Pixels on the shorter side of images that convolutions are taken for unasked."""
-
-
-def _for_convolutions(given: dict[str, Any], data: Data) -> bool:
-    """Whether rows are images of bytes, large enough, and nothing that was asked for stands against it."""
-    large = data.image_shape is not None and min(data.image_shape[-2:]) >= _LEAST_SIDE
-    plain = given["posterior"] == "product" or given["hidden"] != ModelConfig(features=1).hidden
-    return large and given["likelihood"] == "discretized-logistic" and not plain
-
-
-def _likelihood(data: Data) -> Likelihood:
-    """What fits the values: counts with a known limit, zeros and ones, the bytes of an image, or anything."""
-    if data.binarize != "none":
-        return "bernoulli"
-    if data.total_count is not None:
-        return "binomial"
-    from aevb.data import SparseRows
-
-    if isinstance(data.train, SparseRows):
-        return "bernoulli" if bool((data.train.stored == 1).all()) else "negative-binomial"
-    known = data.train[~data.train.isnan()]
-    if data.name.lower().endswith(".h5ad") and bool(((known >= 0) & (known == known.floor())).all()):
-        return "negative-binomial"
-    if bool(((known == 0) | (known == 1)).all()):
-        return "bernoulli"
-    # Of whatever type: where a pixel is missing, bytes are held as floats.
-    bytes_ = bool(((known >= 0) & (known <= 255) & (known == known.floor())).all())
-    return "discretized-logistic" if bytes_ and data.image_shape is not None else "normal"
 
 
 def rows_for_start(data: Data) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aevb.apps.choices import model_config
 from aevb.apps.loggers import check_trackers, tracking
 from aevb.apps.progress import steps_done
-from aevb.apps.runs import data_of, load_data, model_config, open_run, rows_for_start
+from aevb.apps.runs import data_of, load_data, open_run, rows_for_start
 from aevb.config import InputError, TrainConfig
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def start(
     check_trackers(trackers)
     _check_devices(devices, nodes, config)
     data = load_data(source)
-    described = model_config(model, data)
+    described = model_config(model, data, config.shards)
     processes = launch(devices, nodes)
     before = torch.get_default_dtype()
     try:
