@@ -375,3 +375,52 @@ def test_other_files_and_layers_are_refused(tmp_path):
     (tmp_path / "b.h5ad").write_bytes(b"no such thing" * 100)
     with pytest.raises(InputError, match="cannot be read as an AnnData file"):
         load(tmp_path / "b.h5ad")
+
+
+def test_what_is_expected_of_each_entry_is_a_layer(tmp_path):
+    """Given the library the means of a row's negative binomials sum to it; a gene that was left out is not known."""
+    x = counts()
+    x[:, 3] = 2
+    path = annotated(tmp_path, x)
+    succeed("train", path, "--out", tmp_path / "run", *FAST, "--drop-constant")
+    told = succeed("encode", tmp_path / "run", path, "--out", tmp_path / "codes.h5ad", "--expected")
+    assert "layer aevb_expected" in told
+    with h5py.File(tmp_path / "codes.h5ad") as file:
+        layer = file["layers/aevb_expected"][()]
+        assert file["layers/aevb_expected"].attrs["encoding-type"] == "array"
+        assert file["obsm/X_aevb"].shape == (60, 2)
+    assert np.isnan(layer[:, 3]).all()
+    np.testing.assert_allclose(np.nansum(layer, 1), np.delete(x, 3, 1).sum(1).clip(1), rtol=1e-4)
+    vae = aevb.load(tmp_path / "run").vae
+    values = {"x": torch.from_numpy(np.delete(x, 3, 1)).float()}
+    posterior, means = vae.posterior(values)["z"], []
+    for _ in range(200):
+        known = values | {"z": posterior.sample()}
+        means.append(vae.p.distribution("x", known | vae.computed(known, ("z",))).mean)
+    drawn = torch.stack(means)
+    error = drawn.std(0) * (1 / 25 + 1 / 200) ** 0.5  # of both means
+    gap = (torch.from_numpy(np.delete(layer, 3, 1)) - drawn.mean(0)) / (error + 1e-4 * drawn.mean(0))
+    # Draws are common to all rows: the gaps of a column are no independent ones.
+    assert gap.abs().max() < 6
+    message = refuse("encode", tmp_path / "run", path, "--out", tmp_path / "codes.npy", "--expected")
+    assert "`--expected` fills a layer of an .h5ad file" in message
+
+
+def test_holes_are_filled_in_a_layer(tmp_path):
+    path = annotated(tmp_path, counts())
+    x = counts().astype(np.float32)
+    x[5, 2] = x[7] = np.nan
+    with h5py.File(path, "r+") as file:
+        del file["X"]
+        file["X"] = x
+    succeed("train", path, "--out", tmp_path / "run", *FAST)
+    for more, names in (((), ["aevb_filled"]), (("-m", 2), ["aevb_filled_1", "aevb_filled_2"])):
+        out = tmp_path / f"{len(names)}"
+        for suffix in (".h5ad", ".npy"):
+            succeed("impute", tmp_path / "run", path, "--out", out.with_suffix(suffix), "--samples", 20, *more)
+        with h5py.File(out.with_suffix(".h5ad")) as file:
+            assert sorted(file["layers"]) == names
+            made = np.concatenate([file["layers"][name][()] for name in names])
+            np.testing.assert_array_equal(file["X"][()], x)
+        np.testing.assert_array_equal(made, np.load(out.with_suffix(".npy"))[:, -8:])
+        assert np.isfinite(made).all()

@@ -292,7 +292,12 @@ def sample(
     print("\n".join(sample_file(found, out, n, given, samples=samples, seed=seed, moved=data)))
 
 
-def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro.conf.Positional], out: Path) -> None:
+def encode(
+    run: Annotated[Path, tyro.conf.Positional],
+    data: Annotated[str, tyro.conf.Positional],
+    out: Path,
+    expected: bool = False,
+) -> None:
     """Write mean and standard deviation of q(z | x) for each row of DATA; of a flow, those of 1000 draws.
 
     From .h5ad to .h5ad the file is copied, with means in `.obsm["X_aevb"]` and standard deviations in
@@ -304,6 +309,8 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
             .parquet files, which the processes of torchrun or srun share out.
         out: File to write: .npy, .csv or .parquet, .h5ad for one; or a folder for as many files, of which only those
             are made that it lacks.
+        expected: From .h5ad to .h5ad also the layer `aevb_expected`, what the model expects of each entry: the mean of
+            p(x | z) over draws of q(z | x), counts without their noise; NaN in genes that the model does not have.
     """
     from aevb.apps.shards import shared_out
     from aevb.apps.tables import encode_file
@@ -313,8 +320,10 @@ def encode(run: Annotated[Path, tyro.conf.Positional], data: Annotated[str, tyro
     files = shared_out(found, data, out, {"verb": "encode"})
     if files is None:
         check_destination(out, source=data)
+    if expected and out.suffix.lower() != ".h5ad":
+        raise InputError(f"`--expected` fills a layer of an .h5ad file; got `{out}`. Write to one, or drop it.")
     for source, target in files or [(data, out)]:
-        print(encode_file(found, source, target), flush=True)
+        print(encode_file(found, source, target, expected=expected), flush=True)
 
 
 def impute(
@@ -328,13 +337,15 @@ def impute(
     """Fill in the missing entries of DATA: by their mean given what is observed (categories: the most probable value).
 
     With -m each entry is drawn M times instead, multiple imputations: the tables stand one below another, numbered by
-    the column `imputation`.
+    the column `imputation`. From .h5ad to .h5ad the file is copied, and what is filled in is the layer `aevb_filled`,
+    or the layers `aevb_filled_1` and so on.
 
     Args:
         run: Folder of the run.
-        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow or IDX; or a folder of .parquet files, as for
-            `aevb encode`.
-        out: File to write: .csv or .parquet; .npy where all columns are of one kind; or a folder.
+        data: File with the rows: .npy, .npz, .csv, .parquet, .arrow, .h5ad or IDX; or a folder of .parquet files, as
+            for `aevb encode`.
+        out: File to write: .csv or .parquet; .npy where all columns are of one kind; from .h5ad also .h5ad; or a
+            folder.
         draws: Multiple imputations M; 0 for the mean.
         samples: Importance samples a row.
         seed: Key of the draws.
@@ -346,7 +357,7 @@ def impute(
     found = open_run(run)
     files = shared_out(found, data, out, {"verb": "impute", "draws": draws, "samples": samples, "seed": seed})
     if files is None:
-        check_destination(out, tables=schema_of(found) is not None)
+        check_destination(out, tables=schema_of(found) is not None, source=data)
     for source, target in files or [(data, out)]:
         print(impute_file(found, source, target, draws=draws, samples=samples, seed=seed, whole=files is not None))
         print(f"written to {target}", flush=True)

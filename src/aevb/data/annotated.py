@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +74,13 @@ def _matrix(stored: Any, where: str) -> Any:
         return np.asarray(stored)
     told = stored.attrs.get("encoding-type", stored.attrs.get("h5sparse_format", ""))
     form = str(told.decode() if isinstance(told, bytes) else told).removesuffix("_matrix")
-    shape = stored.attrs["shape"] if "shape" in stored.attrs else stored.attrs["h5sparse_shape"]
     parts: dict[str, NDArray[Any]] = {name: stored[name][:] for name in ("data", "indices", "indptr")}
-    return from_parts({**parts, "shape": np.asarray(shape)}, form, where)
+    return from_parts({**parts, "shape": _shape_of(stored)}, form, where)
+
+
+def _shape_of(stored: Any) -> NDArray[Any]:
+    """Of a sparse matrix."""
+    return np.asarray(stored.attrs["shape"] if "shape" in stored.attrs else stored.attrs["h5sparse_shape"])
 
 
 def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
@@ -135,7 +139,8 @@ def _names(var: Any, where: str) -> tuple[str, ...] | None:
 
 def write_h5ad(
     source: Path, out: Path, *, obsm: Mapping[str, NDArray[Any]] | None = None,
-    obs: Mapping[str, NDArray[Any]] | None = None,
+    obs: Mapping[str, NDArray[Any]] | None = None, layers: Mapping[str, NDArray[Any]] | None = None,
+    columns: Sequence[str] | None = None, kept: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """A copy of an AnnData file with results beside what it holds; whole, or not at all.
 
@@ -144,9 +149,12 @@ def write_h5ad(
         out: File to write.
         obsm: Arrays `(N, D)` by name, for `.obsm`.
         obs: Arrays `(N,)` by name, for `.obs`.
+        layers: Arrays `(N, P)` by name, for `.layers`; entries of X in other columns than these P are NaN there.
+        columns: P names of theirs, each found in `.var`; by position where the file names none.
+        kept: P positions in X, where `columns` are not found by name.
 
     Raises:
-        InputError: If a name is taken, the number of rows differs, or the disk refuses; nothing is written then.
+        InputError: If a name is taken, a column is not found, or the disk refuses; nothing is written then.
     """
     h5py = _h5py()
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
@@ -154,7 +162,8 @@ def write_h5ad(
         try:
             shutil.copyfile(source, partial)
             with parsing(f"`{source}`", "an AnnData file"), h5py.File(partial, "r+") as file:
-                _append(file, source, dict(obsm or {}), dict(obs or {}))
+                wide = {name: _widened(file, source, values, columns, kept) for name, values in (layers or {}).items()}
+                _append(file, source, {"obsm": dict(obsm or {}), "layers": wide, "obs": dict(obs or {})})
             with open(partial, "rb+") as written:
                 os.fsync(written.fileno())
             os.rename(partial, out)
@@ -164,7 +173,29 @@ def write_h5ad(
         partial.unlink(missing_ok=True)
 
 
-def _append(file: Any, source: Path, obsm: dict[str, Any], obs: dict[str, Any]) -> None:
+def _widened(
+    file: Any, source: Path, values: NDArray[Any], columns: Sequence[str] | None, kept: Sequence[int] | None
+) -> NDArray[Any]:
+    """Values `(N, P)` in the columns of X."""
+    names = _names(file["var"], f"`{source}`")
+    stored = file[_MATRIX]
+    width = int((_shape_of(stored) if hasattr(stored, "keys") else stored.shape)[1])
+    if columns is not None and names is not None:
+        place = {name: at for at, name in enumerate(names)}
+        if lost := [name for name in columns if name not in place]:
+            raise InputError(
+                f"`{source}` has a layer for the columns of X alone, among which there is no {listed(lost)}. Write the "
+                "figures to another kind of file."
+            )
+        at = [place[name] for name in columns]
+    else:
+        at = list(range(values.shape[1]) if kept is None else kept)
+    made = np.full((len(values), width), np.nan, dtype=np.float32)
+    made[:, at] = values
+    return made
+
+
+def _append(file: Any, source: Path, results: dict[str, dict[str, NDArray[Any]]]) -> None:
     table = file["obs"]
     if "column-order" not in getattr(table, "attrs", {}):
         raise InputError(
@@ -172,7 +203,7 @@ def _append(file: Any, source: Path, obsm: dict[str, Any], obs: dict[str, Any]) 
             "newer AnnData first."
         )
     rows = len(_names_of_rows(table))
-    for kind, given in (("obsm", obsm), ("obs", obs)):
+    for kind, given in results.items():
         for name, values in given.items():
             if kind in file and name in file[kind]:
                 raise InputError(
@@ -180,10 +211,12 @@ def _append(file: Any, source: Path, obsm: dict[str, Any], obs: dict[str, Any]) 
                     "start from the file without it."
                 )
             assert len(values) == rows, f"{len(values)} results for {rows} rows"
-    if "obsm" not in file:
-        _encoded(file.create_group("obsm"), "dict", "0.1.0")
-    for name, values in obsm.items():
-        _encoded(file["obsm"].create_dataset(name, data=values), "array", "0.2.0")
+    for kind in ("obsm", "layers"):
+        if kind not in file:
+            _encoded(file.create_group(kind), "dict", "0.1.0")
+        for name, values in results[kind].items():
+            _encoded(file[kind].create_dataset(name, data=values), "array", "0.2.0")
+    obs = results["obs"]
     for name, values in obs.items():
         _encoded(table.create_dataset(name, data=values), "array", "0.2.0")
     if obs:

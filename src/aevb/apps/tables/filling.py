@@ -28,10 +28,15 @@ _DRAWS = 1000
 """Draws behind the moments of a posterior that has none in closed form."""
 _TOGETHER = 256
 """Rows that are encoded together: of each there may be so many draws."""
+_EXPECTED, _FILLED, _AVERAGED = "aevb_expected", "aevb_filled", 25
+"""Layers of an AnnData file; draws of z that an expectation is the mean over."""
 
 
-def encode_file(run: Run, path: str, out: Path) -> str:
-    """Write mean and standard deviation of q(z | x) for the rows of a file; tells what was done in one line."""
+def encode_file(run: Run, path: str, out: Path, *, expected: bool = False) -> str:
+    """Write mean and standard deviation of q(z | x) for the rows of a file; tells what was done in one line.
+
+    With `expected` an AnnData file gets a layer, too: of each entry the mean of p(x | z), averaged over draws of z.
+    """
     import torch
 
     from aevb.bounds import evaluating, prepare
@@ -43,13 +48,16 @@ def encode_file(run: Run, path: str, out: Path) -> str:
         inside = prepare(run.vae, values_of(run, rows))
         if target is not None:
             return {"z": moments_of_codes(run, inside, _moments)}
-        return {node: _moments(d) for node, d in run.vae.posterior(inside).items()}
+        found = run.vae.posterior(inside)
+        moments = {node: _moments(d) for node, d in found.items()}
+        return moments | ({_EXPECTED: {"mean": _expectation(run, inside, found)}} if expected else {})
 
     with evaluating(run.vae):
         values = rows_of_file(run, path)
         if isinstance(values, torch.Tensor):  # as a whole: what is wrong is told by its place in the file
             values = values.to(prepare(run.vae, values_of(run, values))["x"])
         codes = in_parts(values, look, together=_TOGETHER)
+    layer = {_EXPECTED: codes.pop(_EXPECTED)["mean"].numpy()} if expected else {}
     parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
     rows = len(next(iter(parts.values())))
     if out.suffix.lower() == ".h5ad":
@@ -57,11 +65,29 @@ def encode_file(run: Run, path: str, out: Path) -> str:
             "X_aevb" + ("" if node == "z" else f"_{node}") + ("_std" if name == "std" else ""): value.numpy()
             for (node, name), value in parts.items()
         }
-        write_h5ad(Path(path), out, obsm=obsm)
-        return f"{rows} rows, {', '.join(obsm)} written to {out}"
+        write_h5ad(Path(path), out, obsm=obsm, layers=layer, columns=run.data["columns"], kept=run.data["kept"])
+        return f"{rows} rows, {', '.join([*obsm, *(f'layer {name}' for name in layer)])} written to {out}"
     columns = [f"{node}{j + 1}_{name}" for (node, name), value in parts.items() for j in range(value.shape[1])]
     write_rows(out, torch.cat(list(parts.values()), 1).numpy(), columns)
     return f"{rows} rows, {len(columns)} columns written to {out}"
+
+
+def _expectation(run: Run, inside: Mapping[str, Tensor], found: Mapping[str, td.Distribution]) -> Tensor:
+    """E[x] of new rows with the codes of these, `(N, P)`: the mean of p(x | z), averaged over draws of q(z | x)."""
+    import torch
+
+    from aevb.distributions import Given, draw
+
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros_like(inside["x"])
+    for _ in range(_AVERAGED):
+        known = dict(inside)
+        for node, d in found.items():  # noise common to all rows, so that a row's figures depend on no other
+            noise = torch.randn(1, *d.event_shape, generator=generator).to(total)
+            known[node] = draw(d, d.batch_shape, Given([noise]))
+        d = run.vae.p.distribution("x", known | run.vae.computed(known, tuple(found)))
+        total += d.mean
+    return total / _AVERAGED
 
 
 def _moments(d: td.Distribution) -> dict[str, Tensor]:
@@ -124,11 +150,16 @@ def _write_imputed(
     import numpy as np
     import torch
 
-    from aevb.data import decode, encode, read_frame, widened, write_frame, write_images, write_rows
+    from aevb.data import decode, encode, read_frame, widened, write_frame, write_h5ad, write_images, write_rows
     from aevb.data.frames import formed
     from aevb.data.tables import polars
 
     schema = schema_of(run)
+    if out.suffix.lower() == ".h5ad":
+        names = [f"{_FILLED}_{i + 1}" for i in range(len(sets))] if several else [_FILLED]
+        layers = {name: each.numpy() for name, each in zip(names, sets, strict=True)}
+        write_h5ad(Path(path), out, layers=layers, columns=run.data["columns"], kept=run.data["kept"])
+        return
     if schema is None:
         columns = list(run.data.get("columns") or [f"x{j + 1}" for j in range(sets[0].shape[1])])
         if several:
