@@ -114,7 +114,7 @@ def test_other_likelihoods_and_posteriors_take_a_batch(choice: dict[str, Any]) -
         for net in vae.modules():
             if isinstance(net, aevb.MLP):
                 width, first = net.inputs, net.layers[0]
-                behind = {2 + 3: slice(2, 5), 5 + 3: slice(5, 8), 2 * (5 + 3): slice(5, 8)}[width]
+                behind = {2 + 3: slice(2, 5), 5 + 3: slice(5, 8), 2 * (5 + 3): slice(5, 8), 3: slice(0, 3)}[width]
                 first.weight[:, behind] = 0
     for batch in torch.eye(3).unsqueeze(1).expand(3, 8, 3):
         torch.manual_seed(0)
@@ -202,6 +202,8 @@ def test_rows_carry_their_batch_and_genes_stay_what_they_are(tmp_path: Path, den
     for rows in (data.train, bare.train):
         torch.manual_seed(0)
         starts.append(aevb.build_vae(config, rows).state_dict())
+    sizes = [each.pop(f"q.node_library.net.{name}") for name in ("loc", "scale") for each in starts]
+    assert [len(each) for each in sizes] == [3] * 4  # which are those of each batch where it is told
     torch.testing.assert_close(*starts)
 
 

@@ -203,8 +203,9 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     if vae.context == ("library",):
         net = vae.q.conditional("library").net
         assert isinstance(net, LogTotal)
-        given.append(f'"library": torch.full((3, 1), {float(net.loc):.2f})')
-        size = f" of library size exp({float(net.loc):.2f})"
+        typical = f"{float(net.loc[0]):.2f}"  # in the first batch, where there are some
+        given.append(f'"library": torch.full((3, 1), {typical})')
+        size = f" of library size exp({typical})"
     imports = ["import aevb", "import torch"] if given else ["import aevb"]
     context = f", {{{', '.join(given)}}}" if given else ""
     values = "rows" if config.target else '{"x": x, "batch": batch}' if config.batches else '{"x": x}'

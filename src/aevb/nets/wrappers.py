@@ -194,8 +194,9 @@ class LogTotal(nn.Module):
     Args:
         net: If given, takes the row, too, and further parents; the first number it returns has that log added, and all
             are handed on.
-        loc: Mean of it over the training rows, with which rows can be drawn later.
-        scale: Its spread over them.
+        loc: Mean of it over the training rows, with which rows can be drawn later; of rows in batches `(B,)`, that over
+            each batch.
+        scale: Its spread over them, likewise.
 
     Example:
         >>> LogTotal()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
@@ -206,11 +207,11 @@ class LogTotal(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module | None = None, *, loc: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(self, net: nn.Module | None = None, *, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("loc", torch.tensor([loc]))
-        self.register_buffer("scale", torch.tensor([scale]))
+        for name, value in (("loc", loc), ("scale", scale)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.get_default_dtype()).reshape(-1).clone())
 
     @property
     def outputs(self) -> int | None:
@@ -224,6 +225,11 @@ class LogTotal(nn.Module):
             return total
         out: Tensor = self.net(parent, *others)
         return torch.cat([out[..., :1] + total, out[..., 1:]], -1)
+
+    def draw(self, rows: int, batch: Tensor | None = None) -> Tensor:
+        """Log sizes `(rows, 1)` from torch's current generator, each by its one-hot `batch` `(rows, B)` if there is one."""
+        at = torch.zeros(rows, 1, dtype=torch.long) if batch is None else batch.argmax(-1, keepdim=True)
+        return self.loc[at] + self.scale[at] * torch.randn(rows, 1)
 
 
 @final

@@ -60,7 +60,7 @@ def look(
         for each, mean in means.items():  # as it is where it is known, else at its mean
             known[each] = torch.where(known[each].isnan(), mean, known[each]) if each in known else mean
         given = {} if batch is None else {"batch": batch.one_hot(batch.drawn(draws)).to(x)}
-        found, drawn = terms(vae, values), vae.p.sample(draws, given | sizes(vae, draws))
+        found, drawn = terms(vae, values), vae.p.sample(draws, given | sizes(vae, draws, given.get("batch")))
         colours = None if labels is None else labels[kept.to(labels.device)]
         if labels is None and batch is not None:
             colours = rows["batch"].argmax(-1)

@@ -247,13 +247,16 @@ def given_to(vae: VAE) -> tuple[str, ...]:
     return (*vae.given, *vae.context)
 
 
-def sizes(vae: VAE, rows: int) -> dict[str, Tensor]:
-    """Library sizes to draw rows with, log-normal as those trained on, where the model takes them as given."""
+def sizes(vae: VAE, rows: int, batch: Tensor | None = None) -> dict[str, Tensor]:
+    """Library sizes to draw rows with, where the model takes them as given: log-normal as those trained on.
+
+    With the one-hot `batch` of each row, `(rows, B)`, as those of that batch.
+    """
     if vae.context != ("library",):
         return {}
     net = vae.q.conditional("library").net
     assert isinstance(net, LogTotal)
-    return {"library": net.loc + net.scale * torch.randn(rows, 1)}
+    return {"library": net.draw(rows, batch)}
 
 
 def weights_of(vae: VAE) -> str:

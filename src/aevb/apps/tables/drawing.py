@@ -80,10 +80,10 @@ def _drawn(run: Run, rows: int, given: Sequence[str]) -> tuple[Tensor, Tensor | 
 
     batch, target = batch_of(run), target_of(run)
     codes = None if batch is None else _codes(batch, given, rows)
-    held = sizes(run.vae, rows)
+    held = {}
     if batch is not None and codes is not None:
         held["batch"] = batch.one_hot(codes).to(next(run.vae.parameters()))
-    drawn = run.vae.p.sample(rows, held)
+    drawn = run.vae.p.sample(rows, held | sizes(run.vae, rows, held.get("batch")))
     return drawn["x"] if target is None else target.join(drawn), codes
 
 
