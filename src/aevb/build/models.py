@@ -65,8 +65,8 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | N
         >>> build_vae(ModelConfig(features=9, likelihood="negative-binomial", library="observed", batches=3)).p.keys
         ('z', 'x | z, batch, library')
     """
-    if x is not None and x.shape[1:] not in ((config.features,), (config.features + config.batches,)):
-        raise InputError(f"`x` must be (N, {config.features}) as `features` says; got shape {tuple(x.shape)}.")
+    if x is not None:
+        _check_rows(config, x)
     target = TargetStart.of(config, y) if config.target else None
     start = replace(start_of(config, x), target=target)
     likelihood = LIKELIHOODS[config.likelihood](config, start)
@@ -90,6 +90,21 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | N
     vae = VAE(BayesNet(p), BayesNet(q), given=("batch",) if config.batches else ())
     vae.config = config
     return vae
+
+
+def _check_rows(config: ModelConfig, x: Tensor | Rows) -> None:
+    if x.shape[1:] not in ((config.features,), (config.features + config.batches,)):
+        wider = f", or (N, {config.features + config.batches}) with the {config.batches} one-hot columns of `batches` "
+        raise InputError(
+            f"`x` must be (N, {config.features}) as `features` says{wider + 'behind' if config.batches else ''}; got "
+            f"shape {tuple(x.shape)}. Give such rows, or another configuration."
+        )
+    behind = getattr(x, "batch", None)  # of aevb.data.SparseRows, which this module does not know
+    if behind is not None and len(behind) != config.batches:
+        raise InputError(
+            f"`x` has the one-hot columns of {len(behind)} batches behind; `batches` says {config.batches}. Build the "
+            f"model with features={x.shape[1] - len(behind)}, batches={len(behind)}."
+        )
 
 
 def _bernoulli(config: ModelConfig, start: Start) -> nn.Module:
@@ -299,14 +314,14 @@ def _encoder(config: ModelConfig, outputs: int, start: Start) -> nn.Module:
     net = _seeing(config, outputs)
     if config.library != "none":
         return Standardize(net, _centre(start), start.scale, log1p=True)
-    return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
+    return Standardize(Holes(net, first=1) if config.holes else net, start.mean, start.scale)
 
 
 def _seeing(config: ModelConfig, outputs: int) -> MLP | ConvNet:
-    """A net from x, and its batch, beside which stand their masks where there may be holes."""
+    """A net from x, and its batch, behind which stands the mask of x where there may be holes."""
     sides = 2 if config.holes else 1
     if config.net != "convolutional":
-        return _mlp(config, sides * (config.features + config.batches), config.hidden, outputs)
+        return _mlp(config, sides * config.features + config.batches, config.hidden, outputs)
     channels, height, width = config.image
     image = (sides * channels, height, width)
     return ConvNet(image, config.channels, outputs, config.activation, batch_norm=config.batch_norm)

@@ -157,6 +157,7 @@ class Holes(nn.Module):
     Args:
         net: Takes the filled parents, then their masks (1 where known, 0 where missing), each `(*, D_i)`: twice the
             width.
+        first: How many parents, from the first on, may have missing entries, and have a mask; all if None.
 
     Example:
         >>> import torch
@@ -168,9 +169,9 @@ class Holes(nn.Module):
 
     sees_holes = True
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, *, first: int | None = None) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.first = net, first
 
     @property
     def outputs(self) -> int | None:
@@ -179,10 +180,11 @@ class Holes(nn.Module):
 
     def forward(self, *parents: Tensor) -> Tensor:
         """Parents `(*, D_i)`, with NaN for missing, to what `net` returns."""
-        missing = [parent.isnan() for parent in parents]
-        filled = [parent.masked_fill(gap, 0.0) for parent, gap in zip(parents, missing, strict=True)]
+        some, whole = parents[: self.first], parents[len(parents[: self.first]) :]
+        missing = [parent.isnan() for parent in some]
+        filled = [parent.masked_fill(gap, 0.0) for parent, gap in zip(some, missing, strict=True)]
         result: Tensor = self.net(
-            *filled, *((~gap).to(parent.dtype) for parent, gap in zip(parents, missing, strict=True))
+            *filled, *whole, *((~gap).to(parent.dtype) for parent, gap in zip(some, missing, strict=True))
         )
         return result
 
@@ -227,7 +229,7 @@ class LogTotal(nn.Module):
         return torch.cat([out[..., :1] + total, out[..., 1:]], -1)
 
     def draw(self, rows: int, batch: Tensor | None = None) -> Tensor:
-        """Log sizes `(rows, 1)` from torch's current generator, each by its one-hot `batch` `(rows, B)` if there is one."""
+        """Log sizes `(rows, 1)` from torch's current generator, each by its one-hot `batch` `(rows, B)`, if any."""
         at = torch.zeros(rows, 1, dtype=torch.long) if batch is None else batch.argmax(-1, keepdim=True)
         return self.loc[at] + self.scale[at] * torch.randn(rows, 1)
 
