@@ -344,11 +344,15 @@ def data_of(run: Run, moved: str | None) -> Data:
             f"`{run.path}` is a pretrained model, which does not hold its data's fingerprint. Give the run that it was "
             "made of, or use what takes a file: score, encode, impute, sample."
         )
+    from aevb.data.files import shown
+
     data = load_data(run.data["command"] | ({"source": moved} if moved else {}))
-    if any(data.describe().get(name) != run.data.get(name) for name in ("sha256", "batch")):
+    found = data.describe()
+    if lost := [name for name in ("batch", "sha256") if found.get(name) != run.data.get(name)]:
+        what = f"its column `{shown(data.batch.column)}` names other batches" if data.batch and "batch" in lost else ""
         raise InputError(
-            f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
-            "where it is now with --data."
+            f"{data.name} is not what the run was trained on: {what or 'its content is another'}. Restore the file, or "
+            "name where it is now with --data."
         )
     return data
 

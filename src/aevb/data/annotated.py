@@ -87,8 +87,8 @@ def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
             f"{where} is of the time before AnnData 0.7, whose columns of .obs are not read. Read and write it with a "
             "newer AnnData first."
         )
-    if column not in table or column == table.attrs["_index"]:
-        had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
+    had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
+    if column not in had:  # any other path of HDF5 is no column: the names of rows, `donor/codes`
         raise InputError(
             f"{where} has no column `{shown(column)}` in .obs, which is to name each row's batch; it has "
             f"{listed(had) if had else 'none'}. Add it, adata.obs[{column!r}] = ..., or name another when training."
