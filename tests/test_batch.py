@@ -273,6 +273,7 @@ def test_samples_tell_their_batch(trained: tuple[Path, Path], tmp_path: Path) ->
     assert "0 for A, 1 for B, 2 for C" in succeed("sample", run, "-n", 5, "--given", "donor == C", "--out",
                                                   tmp_path / "c.npy")  # fmt: skip
     assert np.load(tmp_path / "c.npy")[:, 8].tolist() == [2.0] * 5
+    assert "written" in succeed("sample", run, "-n", 2, "--given", " donor = A ", "--out", tmp_path / "e.csv")
     for wrong in (["donor=D"], ["gene1>2"], ["donor=A", "gene1>2"], ["donor>A"], ["donorA"]):
         words = [word for each in wrong for word in ("--given", each)]
         told = refuse("sample", run, "-n", 5, *words, "--out", tmp_path / "d.csv")
@@ -288,7 +289,7 @@ def test_runs_given_other_batches_are_not_compared(trained: tuple[Path, Path], t
     for name, batch in (("bare", []), ("plate", ["--batch", "plate"]), ("twin", ["--batch", "donor", "--seed", "0"])):
         succeed("train", path, "--out", tmp_path / name, *FAST, *batch)
     told = refuse("compare", run, tmp_path / "bare", "--samples", 20)
-    assert "(batch, library and library): log p(x | batch, library) is no log p(x | library)" in told
+    assert "is given batch and library, `bare` library: log p(x | batch, library) is no log p(x | library)" in told
     told = refuse("compare", run, tmp_path / "plate", "--samples", 20)
     assert "from different columns, `donor` and `plate`" in told
     told = succeed("compare", run, tmp_path / "twin", "--samples", 20)
@@ -309,6 +310,15 @@ def test_a_run_goes_on_to_the_bit(trained: tuple[Path, Path], tmp_path: Path) ->
     assert other.history[-1]["step"] == 40
     assert all(torch.equal(value, other.vae.state_dict()[name]) for name, value in one.vae.state_dict().items())
     assert "Drop them" in refuse("train", "--resume", tmp_path / "cut", "--batch", "donor")
+
+
+def test_parts_of_a_batch_and_coarse_products(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    _, path = trained
+    words = ["--batch-size", "20", "--shards", "2", "--steps", "4", "--hidden", "8", "--latents", "2"]
+    succeed("train", path, "--batch", "donor", *words, "--out", tmp_path / "run")
+    told = succeed("evaluate", tmp_path / "run", "--samples", 30, "--precision", "bfloat16")
+    assert "Matrix products in bfloat16" in told
+    assert "validation log p(x | batch, library) = " in told
 
 
 def _stopped_at(step: int) -> Callable[..., Any]:
@@ -354,11 +364,13 @@ def test_exported_parts_take_the_batch(trained: tuple[Path, Path], tmp_path: Pat
 def test_a_published_model_knows_its_batches(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = trained
     hub = tmp_path / "hub"
-    succeed("export", run, "--out", hub, "--format", "pretrained")
+    told = succeed("export", run, "--out", hub, "--format", "pretrained")
+    assert "hold the names of all 3 batches (donor) and their numbers of rows" in told
     text = (hub / "README.md").read_text()
     assert f"`donor`, given to the model: `A` ({DONORS.count('A')} rows)" in text
     assert "given batch, which each row brings" in text
     assert "holds the names of all batches" in text
+    assert "drawn from q(z | x, batch)" in text
     vae = aevb.from_pretrained(hub)
     assert all(torch.equal(value, vae.state_dict()[name]) for name, value in aevb.load(run).vae.state_dict().items())
     for each in (run, hub):

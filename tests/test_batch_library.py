@@ -109,6 +109,24 @@ def test_gaps_take_the_size_and_the_batch_of_each_row() -> None:
         assert bool(((getattr(own, name) - getattr(other, name)).abs() < 5 * error).all())
 
 
+def test_a_latent_size_is_inferred_of_row_and_batch_by_a_net_of_its_own() -> None:
+    """At first it is the sum of the row alone, since the last layer of that net is zero."""
+    torch.manual_seed(0)
+    rows = seen(by_depth())
+    vae = aevb.build_vae(config("latent"), rows)
+    x = rows.take(torch.arange(3))["x"]
+    net = vae.q.conditional("library").net.net.net
+    means = []
+    for _ in range(2):
+        with torch.no_grad():
+            means += [vae.posterior({"x": x, "batch": torch.eye(2)[[i] * 3]})["library"].mean for i in range(2)]
+            net.last.weight.fill_(0.5)
+    torch.testing.assert_close(means[0], x.sum(1, keepdim=True).log())
+    torch.testing.assert_close(means[0], means[1])
+    assert bool(((means[2] - means[3]).abs() > 1e-3).all())
+    assert not torch.equal(net.layers[0].weight, vae.q.conditional("z").net.net.layers[0].weight)
+
+
 @pytest.fixture(scope="module", params=["observed", "latent"])
 def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deep")

@@ -14,7 +14,8 @@ from scipy import sparse
 
 import aevb
 from aevb import InputError
-from aevb.data import Batch, SparseRows, load, read_rows
+from aevb.apps.tables.drawing import _codes
+from aevb.data import Batch, Data, SparseRows, load, read_rows
 from test_batch import DONORS, cells, named
 from test_cli import refuse
 from test_counts import counts, saved
@@ -54,6 +55,7 @@ def test_rows_carry_their_batch_and_genes_stay_what_they_are(tmp_path: Path, den
 WRITTEN: dict[str, tuple[Any, tuple[str, ...]]] = {
     "text": (np.array(DONORS), ("A", "B", "C")),
     "whole numbers": (np.array([10 if donor == "A" else 9 for donor in DONORS]), ("9", "10")),
+    "whole floats": (np.array([10.0 if donor == "A" else 9.0 for donor in DONORS]), ("9", "10")),
     "booleans": (np.array([donor == "A" for donor in DONORS]), ("False", "True")),
     "nullable": ((np.arange(60) % 2, np.zeros(60, dtype=bool)), ("0", "1")),
 }
@@ -90,7 +92,11 @@ BAD: dict[str, tuple[Any, str, str]] = {
     "names of rows": (DONORS, "_index", "has no column `_index` in .obs"),
     "missing": ([*DONORS[:3], None, *DONORS[4:]], "donor", "row 3 .counting from 0. has no value of `donor`"),
     "missing in a mask": ((np.arange(60) % 2, np.arange(60) == 7), "donor", "row 7 .* has no value of `donor`"),
-    "empty text": (np.array(["", *DONORS[1:]]), "donor", "row 0 .* has no value of `donor`"),
+    **{
+        f"text {text!r}": (np.array([*DONORS[:2], text, *DONORS[3:]]), "donor", "row 2 .* has no value of `donor`")
+        for text in ("", "nan", "None", "<NA>")
+    },
+    "a gap in whole floats": (np.array([1.0, np.nan] * 30), "donor", "row 1 .* has no value of `donor`"),
     "one batch": (["A"] * 60, "donor", "one batch only, `donor` being 'A' in every row"),
     "names of cells": ([str(i) for i in range(60)], "donor", "60 values of `donor` in 60 rows, which look like names"),
     "fractions": (np.linspace(0, 1, 60), "donor", "holds float64, and a batch is a category, text"),
@@ -110,6 +116,23 @@ def test_a_column_that_tells_no_batches_is_refused_in_a_sentence(tmp_path: Path,
         load(path, batch=column)
 
 
+def test_categories_of_whole_floats_are_those_of_whole_numbers(tmp_path: Path) -> None:
+    path = cells(tmp_path, counts(), [("1", "2")[i % 2] for i in range(60)])
+    wanted = load(path, batch="donor").batch
+    with h5py.File(path, "r+") as file:
+        del file["obs/donor/categories"]
+        file["obs/donor/categories"] = np.array([1.0, 2.0])
+    assert load(path, batch="donor").batch == wanted
+
+
+def test_values_that_begin_with_a_blank_or_a_sign_can_be_asked_for() -> None:
+    batch = Batch.of("donor", [" A", "A", "=A", "B"] * 2)
+    asked = {"donor= A": " A", "donor=A": "A", "donor==A": "=A", "donor = B": "B"}
+    assert batch.values == (" A", "=A", "A", "B")
+    for words, value in asked.items():
+        assert _codes(batch, [words], 1).tolist() == [batch.values.index(value)]
+
+
 def test_what_has_no_obs_has_no_batches(tmp_path: Path) -> None:
     pl.DataFrame({"a": [1.5, 2.0, 3.5], "b": [0.5, 1.0, 2.5]}).write_csv(tmp_path / "a.csv")
     for path in (saved(tmp_path, counts()), tmp_path / "a.csv"):
@@ -118,6 +141,10 @@ def test_what_has_no_obs_has_no_batches(tmp_path: Path) -> None:
     path = cells(tmp_path, counts())
     assert "`prior` vamp has no place" in refuse("train", path, "--out", tmp_path / "run", "--batch", "donor",
                                                  "--prior", "vamp")  # fmt: skip
+    with pytest.raises(InputError, match="`batch` is one-hot behind the entries, which `binarize` epoch draws"):
+        Data(name="a", train=torch.eye(4), batch=Batch.of("donor", ["A", "B"] * 2), binarize="epoch")
+    with pytest.raises(InputError, match=r"with the one-hot columns of `batch` behind; got shape \(4, 2\)"):
+        Data(name="a", train=torch.eye(4)[:, :2], batch=Batch.of("donor", ["A", "B"] * 2))
     with pytest.raises(InputError, match="`binarize` is for pixels"):
         load(path, batch="donor", binarize="static")
     rows = SparseRows(sparse.csr_array(counts()))

@@ -201,9 +201,9 @@ def summarize(
     if bool((lost := marginal.log_prob.isinf()).any()):
         named = ", ".join(str(int(i)) for i in lost.nonzero()[:10, 0])
         raise InputError(
-            f"log p(x) is -inf for {int(lost.sum())} of {rows} rows, the first of them {named}: at every draw the "
-            "model gives them no chance at all, and no mean can be told. Look at those rows and at the likelihood's "
-            "support, or draw more samples."
+            f"log {quantity(given_to(vae), bool(target))} is -inf for {int(lost.sum())} of {rows} rows, the first of "
+            f"them {named}: at every draw the model gives them no chance at all, and no mean can be told. Look at "
+            "those rows and at the likelihood's support, or draw more samples."
         )
     if isinstance(values, SparseRows):
         units, features = _active_in_parts(vae, values), values.features
