@@ -46,7 +46,7 @@ class Start:
     bias: Tensor | None = None  # what the decoder says first of a table's columns
     resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
     heaps: dict[int, Tensor] = field(default_factory=dict)  # of ordinal columns, log-weights of their levels
-    sizes: tuple[Tensor, Tensor] | None = None  # mean and spread of the log of a row's sum, (1,), or (batches,) each
+    sizes: tuple[Tensor, Tensor] | None = None  # float64 mean and spread of a row's log sum, (1,), or (batches,) each
     target: TargetStart | None = None
 
 
@@ -127,7 +127,7 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
         scale=torch.where(scale == 0, 1.0, scale).to(dtype),
         rows=x[some][:, : config.features].to(dtype),
         centre=centre.to(dtype),
-        sizes=(loc.to(dtype), spreads.to(dtype)),
+        sizes=(loc, spreads),
     )
 
 

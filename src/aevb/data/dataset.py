@@ -110,7 +110,14 @@ class Data:
         return Binarized(self.train) if self.binarize == "epoch" else self.nodes(self.train)
 
     def nodes(self, rows: Tensor) -> dict[str, Tensor]:
-        """The nodes of a model in dense rows as `train` has them: `x`, beside a target `y`, or a `batch`."""
+        """The nodes of a model in dense rows as `train` has them: `x`, beside a target `y`, or a `batch`.
+
+        Example:
+            >>> import torch
+            >>> data = Data(name="a", train=torch.eye(4), batch=Batch.of("donor", ["A", "B", "A", "B"]))
+            >>> {name: tuple(value.shape) for name, value in data.nodes(data.train[:3]).items()}
+            {'x': (3, 2), 'batch': (3, 2)}
+        """
         return nodes_of(rows, self.target, self.batch)
 
     def describe(self) -> dict[str, Any]:

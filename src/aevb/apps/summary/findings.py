@@ -123,7 +123,7 @@ def of_rounding(found: Rounding, total: int, *, kept: bool) -> Finding:
 
 
 def of_gaps(found: Gaps, total: int, of: str = "p(x)") -> Finding:
-    """Where the log `of` some rows of `total`, less ELBO, comes from, and which remedy would win most of it."""
+    """Where log p - ELBO, p being that `of`, comes from for some rows of `total`; which remedy would win most of it."""
     gains = {"own": found.amortization} | {name: found.gain(name) for name in found.refined if name != "own"}
     gap, amortization, approximation = (
         mean_and_error(each) for each in (found.log_prob - found.elbo, found.amortization, found.approximation)
