@@ -97,7 +97,8 @@ def _split(told: Mapping[str, Any]) -> Picture:
 
 
 def _families(told: Mapping[str, Any]) -> Picture:
-    levels = [(_NAMES.get(name, name), each) for name, each in told["above_elbo"].items()] + [(told["of"], told["gap"])]
+    levels = [(_NAMES.get(name, name), each) for name, each in told["above_elbo"].items()]
+    levels.append((told["of"].replace(" | ", "\n| "), told["gap"]))  # in two lines: it is wider than the others
     means, errors = _array([each for _, each in levels]).T
     figure, axes = blank()
     axes.axhline(0, color=GREY, linewidth=1)
