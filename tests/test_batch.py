@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from scipy import sparse
 
 import aevb
 from aevb import VAE, BayesNet, InputError
-from aevb.data import Batch, SparseRows, load, read_rows
+from aevb.data import load
 from test_cli import refuse, succeed
 from test_counts import annotated, counts, saved
 from test_export import call
@@ -43,11 +43,16 @@ def cells(folder: Path, x: np.ndarray, donors: Any = DONORS, name: str = "a.h5ad
             kind = {"dtype": text} if donors.dtype.kind in "OU" else {}
             obs.create_dataset("donor", data=donors.astype(object) if kind else donors, **kind)
         if donors is not None:
-            obs.attrs.create("column-order", np.array(["depth", "donor"], dtype=object), dtype=text)
+            named(obs, "donor")
         if dense:
             del file["X"]
             file["X"] = x
     return path
+
+
+def named(obs: Any, *columns: str) -> None:
+    """Names columns of .obs as AnnData does."""
+    obs.attrs.create("column-order", np.array(["depth", *columns], dtype=object), dtype=h5py.string_dtype())
 
 
 def composed(vae: VAE) -> VAE:
@@ -114,7 +119,7 @@ def test_other_likelihoods_and_posteriors_take_a_batch(choice: dict[str, Any]) -
         for net in vae.modules():
             if isinstance(net, aevb.MLP):
                 width, first = net.inputs, net.layers[0]
-                behind = {2 + 3: slice(2, 5), 5 + 3: slice(5, 8), 2 * (5 + 3): slice(5, 8)}[width]
+                behind = {2 + 3: slice(2, 5), 5 + 3: slice(5, 8), 5 + 3 + 5: slice(5, 8), 3: slice(0, 3)}[width]
                 first.weight[:, behind] = 0
     for batch in torch.eye(3).unsqueeze(1).expand(3, 8, 3):
         torch.manual_seed(0)
@@ -173,108 +178,6 @@ def test_a_batch_that_is_given_is_what_z_need_not_tell() -> None:
     assert right[1] < 0.5 < 0.9 < right[0]
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dense", [False, True])
-def test_rows_carry_their_batch_and_genes_stay_what_they_are(tmp_path: Path, dense: bool) -> None:
-    x = counts()
-    x[:, 2] = 0
-    path = cells(tmp_path, x.astype(np.float32), dense=dense)
-    data, bare = load(path, batch="donor", drop_constant=True), load(path, drop_constant=True)
-    assert data.batch == Batch(column="donor", values=("A", "B", "C"), counts=tuple(map(DONORS.count, "ABC")))
-    for name in ("features", "columns", "constant", "dropped", "kept"):
-        assert getattr(data, name) == getattr(bare, name)
-    one_hot = torch.eye(3)[[("A", "B", "C").index(donor) for donor in DONORS]]
-    training, at = data.training(), torch.tensor([5, 0])
-    assert isinstance(training, SparseRows) is not dense
-    taken = training.take(at) if isinstance(training, SparseRows) else {k: v[at] for k, v in training.items()}
-    torch.testing.assert_close(taken, {"x": bare.train[at], "batch": one_hot[at]})
-    told = data.describe()
-    assert told["batch"] == {"column": "donor", "values": ["A", "B", "C"], "counts": list(data.batch.counts)}
-    assert told["sha256"] != bare.describe()["sha256"]
-    swapped = load(cells(tmp_path, x.astype(np.float32), DONORS[::-1], "b.h5ad", dense=dense), batch="donor")
-    assert swapped.describe()["sha256"] != load(path, batch="donor").describe()["sha256"]
-    again = read_rows(path, columns=data.columns, kept=data.kept, dropped=data.dropped, batch=data.batch)
-    np.testing.assert_array_equal(again[:].numpy(), data.train[:].numpy())
-    config = aevb.ModelConfig(features=7, likelihood="negative-binomial", library="observed", batches=3, hidden=(4,))
-    starts = []
-    for rows in (data.train, bare.train):
-        torch.manual_seed(0)
-        starts.append(aevb.build_vae(config, rows).state_dict())
-    torch.testing.assert_close(*starts)
-
-
-WRITTEN: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "text": (np.array(DONORS), ("A", "B", "C")),
-    "whole numbers": (np.array([10 if donor == "A" else 9 for donor in DONORS]), ("9", "10")),
-    "booleans": (np.array([donor == "A" for donor in DONORS]), ("False", "True")),
-    "nullable": ((np.arange(60) % 2, np.zeros(60, dtype=bool)), ("0", "1")),
-}
-
-
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_a_column_of_batches_may_be_of_several_types(tmp_path: Path, kind: str) -> None:
-    column, values = WRITTEN[kind]
-    data = load(cells(tmp_path, counts(), column), batch="donor")
-    assert data.batch is not None
-    assert data.batch.values == values
-    assert sum(data.batch.counts) == 60
-
-
-def test_categories_that_stand_elsewhere_are_found(tmp_path: Path) -> None:
-    """As AnnData 0.7 wrote them: codes in the column, and in its attribute a reference to their names."""
-    path = cells(tmp_path, counts(), None)
-    with h5py.File(path, "r+") as file:
-        names = file.create_dataset("obs/__categories/donor", data=["u", "v", "w"], dtype=h5py.string_dtype())
-        file["obs/donor"] = np.arange(60) % 2 * 2
-        file["obs/donor"].attrs["categories"] = names.ref
-    batch = load(path, batch="donor").batch
-    assert batch == Batch(column="donor", values=("u", "w"), counts=(30, 30))
-    with h5py.File(path, "r+") as file:
-        del file["obs"].attrs["column-order"]
-    with pytest.raises(InputError, match=r"before AnnData 0.7, whose columns of .obs are not read"):
-        load(path, batch="donor")
-
-
-BAD: dict[str, tuple[Any, str, str]] = {
-    "no such column": (DONORS, "plate", "has no column `plate` in .obs, .* it has `depth`, `donor`"),
-    "missing": ([*DONORS[:3], None, *DONORS[4:]], "donor", "row 3 .counting from 0. has no value of `donor`"),
-    "missing in a mask": ((np.arange(60) % 2, np.arange(60) == 7), "donor", "row 7 .* has no value of `donor`"),
-    "empty text": (np.array(["", *DONORS[1:]]), "donor", "row 0 .* has no value of `donor`"),
-    "one batch": (["A"] * 60, "donor", "one batch only, `donor` being 'A' in every row"),
-    "names of cells": ([str(i) for i in range(60)], "donor", "60 values of `donor` in 60 rows, which look like names"),
-    "fractions": (np.linspace(0, 1, 60), "donor", "holds float64, and a batch is a category, text"),
-    "a gene": (DONORS, "gene1", "names of both .obs and .var"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_column_that_tells_no_batches_is_refused_in_a_sentence(tmp_path: Path, name: str) -> None:
-    donors, column, told = BAD[name]
-    path = cells(tmp_path, counts(), donors)
-    if name == "a gene":
-        with h5py.File(path, "r+") as file:
-            file["obs"].move("donor", "gene1")
-    with pytest.raises(InputError, match=told):
-        load(path, batch=column)
-
-
-def test_what_has_no_obs_has_no_batches(tmp_path: Path) -> None:
-    pl.DataFrame({"a": [1.5, 2.0, 3.5], "b": [0.5, 1.0, 2.5]}).write_csv(tmp_path / "a.csv")
-    for path in (saved(tmp_path, counts()), tmp_path / "a.csv"):
-        told = refuse("train", path, "--out", tmp_path / "run", "--batch", "donor")
-        assert "stands in .obs of an AnnData file (.h5ad), in the column `donor`" in told
-    path = cells(tmp_path, counts())
-    assert "`prior` vamp has no place" in refuse("train", path, "--out", tmp_path / "run", "--batch", "donor",
-                                                 "--prior", "vamp")  # fmt: skip
-    with pytest.raises(InputError, match="`binarize` is for pixels"):
-        load(path, batch="donor", binarize="static")
-    rows = SparseRows(sparse.csr_array(counts()))
-    with pytest.raises(InputError, match="one batch a row, 60; got 2"):
-        rows.beside(Batch.of("donor", DONORS), ["A", "B"])
-
-
 # ---- the verbs -------------------------------------------------------------------------------------------------------
 
 
@@ -328,6 +231,7 @@ def test_diagnoses_and_report(trained: tuple[Path, Path]) -> None:
     page = (run / "report.html").read_text()
     assert "log p(x | batch, library)" in page
     assert "Colours are the batches, donor" in page
+    assert "these two directions do not tell the batches apart; others" in page
     assert "by donor: A, B, C" in page
 
 
@@ -369,6 +273,7 @@ def test_samples_tell_their_batch(trained: tuple[Path, Path], tmp_path: Path) ->
     assert "0 for A, 1 for B, 2 for C" in succeed("sample", run, "-n", 5, "--given", "donor == C", "--out",
                                                   tmp_path / "c.npy")  # fmt: skip
     assert np.load(tmp_path / "c.npy")[:, 8].tolist() == [2.0] * 5
+    assert "written" in succeed("sample", run, "-n", 2, "--given", " donor = A ", "--out", tmp_path / "e.csv")
     for wrong in (["donor=D"], ["gene1>2"], ["donor=A", "gene1>2"], ["donor>A"], ["donorA"]):
         words = [word for each in wrong for word in ("--given", each)]
         told = refuse("sample", run, "-n", 5, *words, "--out", tmp_path / "d.csv")
@@ -376,14 +281,15 @@ def test_samples_tell_their_batch(trained: tuple[Path, Path], tmp_path: Path) ->
 
 
 def test_runs_given_other_batches_are_not_compared(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    run, path = trained
+    run, path = trained[0], tmp_path / "a.h5ad"
+    shutil.copyfile(trained[1], path)
+    with h5py.File(path, "r+") as file:
+        file["obs/plate"] = np.arange(60) % 2
+        named(file["obs"], "donor", "plate")
     for name, batch in (("bare", []), ("plate", ["--batch", "plate"]), ("twin", ["--batch", "donor", "--seed", "0"])):
-        if name == "plate":
-            with h5py.File(path, "r+") as file:
-                file["obs/plate"] = np.arange(60) % 2
         succeed("train", path, "--out", tmp_path / name, *FAST, *batch)
     told = refuse("compare", run, tmp_path / "bare", "--samples", 20)
-    assert "(batch, library and library): log p(x | batch, library) is no log p(x | library)" in told
+    assert "is given batch and library, `bare` library: log p(x | batch, library) is no log p(x | library)" in told
     told = refuse("compare", run, tmp_path / "plate", "--samples", 20)
     assert "from different columns, `donor` and `plate`" in told
     told = succeed("compare", run, tmp_path / "twin", "--samples", 20)
@@ -404,6 +310,15 @@ def test_a_run_goes_on_to_the_bit(trained: tuple[Path, Path], tmp_path: Path) ->
     assert other.history[-1]["step"] == 40
     assert all(torch.equal(value, other.vae.state_dict()[name]) for name, value in one.vae.state_dict().items())
     assert "Drop them" in refuse("train", "--resume", tmp_path / "cut", "--batch", "donor")
+
+
+def test_parts_of_a_batch_and_coarse_products(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    _, path = trained
+    words = ["--batch-size", "20", "--shards", "2", "--steps", "4", "--hidden", "8", "--latents", "2"]
+    succeed("train", path, "--batch", "donor", *words, "--out", tmp_path / "run")
+    told = succeed("evaluate", tmp_path / "run", "--samples", 30, "--precision", "bfloat16")
+    assert "Matrix products in bfloat16" in told
+    assert "validation log p(x | batch, library) = " in told
 
 
 def _stopped_at(step: int) -> Callable[..., Any]:
@@ -449,11 +364,13 @@ def test_exported_parts_take_the_batch(trained: tuple[Path, Path], tmp_path: Pat
 def test_a_published_model_knows_its_batches(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = trained
     hub = tmp_path / "hub"
-    succeed("export", run, "--out", hub, "--format", "pretrained")
+    told = succeed("export", run, "--out", hub, "--format", "pretrained")
+    assert "hold the names of all 3 batches (donor) and their numbers of rows" in told
     text = (hub / "README.md").read_text()
     assert f"`donor`, given to the model: `A` ({DONORS.count('A')} rows)" in text
     assert "given batch, which each row brings" in text
     assert "holds the names of all batches" in text
+    assert "drawn from q(z | x, batch)" in text
     vae = aevb.from_pretrained(hub)
     assert all(torch.equal(value, vae.state_dict()[name]) for name, value in aevb.load(run).vae.state_dict().items())
     for each in (run, hub):
@@ -477,5 +394,8 @@ def test_other_files_must_tell_a_batch_that_is_known(trained: tuple[Path, Path],
         for verb in ("score", "encode", "impute"):
             assert told in refuse(verb, run, path, "--out", tmp_path / "out.csv")
     assert "in the column `donor`; " in refuse("score", run, saved(tmp_path, few, "few.npz"))
-    moved = cells(tmp_path, counts(), DONORS[::-1], "moved.h5ad")
-    assert "its content is another" in refuse("evaluate", run, "--data", moved)
+    for donors, told in (
+        (DONORS[::-1], "its content is another"),
+        (["A", "B", "D"] * 20, "`donor` names other batches"),
+    ):
+        assert told in refuse("evaluate", run, "--data", cells(tmp_path, counts(), donors, "moved.h5ad"))

@@ -201,6 +201,10 @@ def test_summaries_come_back_from_json_and_old_ones_still_load():
     old = {name: value for name, value in plain_summary.to_json().items() if name not in ("findings", "likelihood")}
     assert Summary.from_json(old).findings == {}
     assert not any(name == "likelihood" for name, _ in Summary.from_json(old).facts())
+    del old["computed"]  # when `given` was what is computed alone, and for a while what rows bring stood beside it
+    for beside_it, given in (({}, ("library",)), ({"beside": ["batch"]}, ("batch", "library"))):
+        found = Summary.from_json(old | {"given": ["library"]} | beside_it)
+        assert (found.given, found.computed, found.quantity) == (given, ("library",), f"p(x | {', '.join(given)})")
 
 
 @pytest.mark.parametrize("holes", [False, True])

@@ -299,7 +299,7 @@ class ModelConfig(_Checked):
             if self.batches and (got := getattr(self, name)) in choices:
                 raise InputError(
                     f"`batches` stand beside x in the networks, which `{name}` {got} has no place for. Choose another "
-                    f"{name}, or leave the batch out."
+                    f"{name}, or leave the batch out (--batch)."
                 )
 
     def _check_image(self) -> None:

@@ -203,8 +203,9 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
     if vae.context == ("library",):
         net = vae.q.conditional("library").net
         assert isinstance(net, LogTotal)
-        given.append(f'"library": torch.full((3, 1), {float(net.loc):.2f})')
-        size = f" of library size exp({float(net.loc):.2f})"
+        typical = f"{float(net.loc[0]):.2f}"  # in the first batch, where there are some
+        given.append(f'"library": torch.full((3, 1), {typical})')
+        size = f" of library size exp({typical})"
     imports = ["import aevb", "import torch"] if given else ["import aevb"]
     context = f", {{{', '.join(given)}}}" if given else ""
     values = "rows" if config.target else '{"x": x, "batch": batch}' if config.batches else '{"x": x}'
@@ -213,6 +214,7 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
         rows = f"drawn = vae.p.sample(3)  # new rows x, (3, {config.features}), and targets y; or your own"
         rows += '\nrows = {"x": drawn["x"], "y": drawn["y"]}  # or x alone'
     told = "log_prob: log p of each row, nats; std_error; pareto_k"
+    code = "q(z | x, batch)" if config.batches else "q(z | x)"
     lines = [
         *imports,
         "",
@@ -222,7 +224,7 @@ def _use(vae: VAE, data: dict[str, Any]) -> Iterable[str]:
         f"aevb.log_marginal(vae, {values}, samples=1000)  # {told}",
         'vae.q.distribution("y", rows).mean  # what q(y | x) expects of the target'
         if config.target
-        else f'vae.posterior({values})["z"].sample()  # codes of rows, (3, {config.latents}), drawn from q(z | x)',
+        else f'vae.posterior({values})["z"].sample()  # codes of rows, (3, {config.latents}), drawn from {code}',
     ]
     yield _block(lines, "python")
     if data.get("command", {}).get("schema"):

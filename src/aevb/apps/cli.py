@@ -277,7 +277,8 @@ def sample(
         run: Folder of the run.
         n: Rows to draw.
         out: File to write: .csv or .parquet; .npy where all columns are of one kind; of images also .png, side by side.
-        given: A condition on a column, as sex=F or "age>60"; may be repeated. Of a model with a batch, that batch.
+        given: A condition on a column, as sex=F or "age>60"; may be repeated. Where the
+            model is given a batch, only its value, as donor=A.
         samples: Draws from which rows that meet the conditions are picked.
         seed: Key of the draws.
         data: Where the data are now, if they have moved since training.

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from aevb._shapes import Values, evenly
 from aevb.apps.progress import rows_done
-from aevb.apps.summary import Finding, of_annealing, of_calibration, of_checks, of_gaps, of_information
+from aevb.apps.summary import (
+    Finding,
+    given_to,
+    of_annealing,
+    of_calibration,
+    of_checks,
+    of_gaps,
+    of_information,
+    quantity,
+)
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating
 from aevb.config import InputError
@@ -50,6 +59,11 @@ class Subject:
     seed: int
     quiet: bool  # no progress bars
     nodes: Callable[[Tensor], Values] = _x_alone  # of the model, in rows (n, P)
+
+    @property
+    def of(self) -> str:
+        """What log p is of."""
+        return quantity(given_to(self.vae), False)
 
     def some(self, most: int) -> Tensor:
         """Positions of at most `most` rows, evenly spaced: data are often sorted; of sparse ones few at a time."""
@@ -109,7 +123,7 @@ def _annealing(subject: Subject) -> Finding:
     with rows_done("annealing simulated rows, both ways", 2 * len(kept), subject.quiet) as progress:
         given = subject.given(kept)
         bracket = bidirectional(subject.vae, len(kept), given=given, **settings, progress=progress)
-    return of_annealing(subject.log_prob[kept], subject.samples, len(subject.rows), lower, bracket)
+    return of_annealing(subject.log_prob[kept], subject.samples, len(subject.rows), lower, bracket, subject.of)
 
 
 def _gaps(subject: Subject) -> Finding:
@@ -123,7 +137,7 @@ def _gaps(subject: Subject) -> Finding:
             seed=subject.seed,
             progress=progress,
         )
-    return of_gaps(found, len(subject.rows))
+    return of_gaps(found, len(subject.rows), subject.of)
 
 
 def _information(subject: Subject) -> Finding:

@@ -22,12 +22,13 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 
 from aevb.apps.card import save_pretrained
-from aevb.apps.runs import data_of, open_run, test_rows, values_of
+from aevb.apps.runs import batch_of, data_of, open_run, test_rows, values_of
 from aevb.apps.summary import given_to, quantity
 from aevb.bayesnet import VAE
 from aevb.bounds import evaluating, prepare, terms
 from aevb.checkpoint import write_atomically
 from aevb.config import InputError
+from aevb.data.files import shown
 from aevb.distributions import Given
 
 __all__ = ["Format", "export_run"]
@@ -89,6 +90,11 @@ def export_run(
         if seed or moved is not None:
             raise InputError("`--seed` and `--data` are for parts that are compared with the run. Leave them out.")
         tell(f"{save_pretrained(folder, out, license=license)}: model, configuration and card (README.md)")
+        if batch := batch_of(open_run(folder)):
+            tell(
+                f"config.json and the card hold the names of all {len(batch)} batches ({shown(batch.column)}) and "
+                "their numbers of rows"
+            )
         return
     if license is not None:
         raise InputError(f"`--license` stands in the card of a pretrained model; {format} has none. Leave it out.")
@@ -310,13 +316,14 @@ class _Encoder(nn.Module):
 
     def forward(self, x: Tensor, batch: Tensor | None = None) -> tuple[Tensor, ...]:
         known, found = _nodes(x, batch), []
+        seen = ", ".join(known)
         for node in self.vae.drawing_order(self.nodes):
             d = self.vae.home(node).distribution(node, known)
             try:
                 known[node] = d.mean
                 found += [d.mean, d.stddev] if node in self.nodes else []
             except NotImplementedError:
-                raise InputError(f"q({node} | x) is a flow, which has no moments in closed form") from None
+                raise InputError(f"q({node} | {seen}) is a flow, which has no moments in closed form") from None
         return (*found, *(known[node] for node in self.computed))
 
 

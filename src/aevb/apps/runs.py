@@ -62,7 +62,7 @@ def evaluate_run(
     """
     import numpy as np
 
-    from aevb.apps.summary import of_rounding, summarize
+    from aevb.apps.summary import given_to, of_rounding, quantity, summarize
     from aevb.checkpoint import write_atomically
 
     split, rows, _ = test_rows(run, data)
@@ -76,7 +76,8 @@ def evaluate_run(
         precision = precision if coarse else "float32"
         marginal = by_precision[precision]
     if marginal is None or len(marginal.log_prob) < len(rows):
-        with rows_done(f"log p(x), {samples} samples a row", len(rows), quiet) as progress:
+        of = quantity(given_to(run.vae), data.target is not None)
+        with rows_done(f"log {of}, {samples} samples a row", len(rows), quiet) as progress:
             marginal = marginal_of(run, rows, **settings, precision=precision, progress=progress)
     named = "" if data.target is None else data.target.name
     about: dict[str, Any] = {
@@ -154,10 +155,9 @@ def values_of(run: Run, rows: Tensor | SparseRows) -> Any:
     """The nodes of a run's model in rows of its data."""
     from torch import Tensor
 
-    if not isinstance(rows, Tensor):
-        return rows
-    parts = target_of(run) or batch_of(run)
-    return {"x": rows} if parts is None else parts.split(rows)
+    from aevb.data.dataset import nodes_of
+
+    return nodes_of(rows, target_of(run), batch_of(run)) if isinstance(rows, Tensor) else rows
 
 
 def marginal_of(run: Run, rows: Tensor | SparseRows, samples: int, **settings: Any) -> Marginal:
@@ -284,7 +284,7 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | 
     """The rows to judge by: the data's own test rows, else those held out for validation."""
     import torch
 
-    from aevb.data import SparseRows
+    from aevb.data.binary import Binarized
     from aevb.training import split_rows
 
     if data.test is not None:
@@ -297,14 +297,12 @@ def test_rows(run: Run, data: Data) -> tuple[str, Tensor | SparseRows, Tensor | 
         )
     labels = None if data.train_labels is None else data.train_labels[held_out]
     training = data.training()
-    if isinstance(training, SparseRows):
-        return "validation", training.select(held_out), labels
-    if data.target is not None or data.batch is not None:
-        return "validation", data.train[held_out], labels
+    if not isinstance(training, Binarized):
+        kept = data.train[held_out] if isinstance(data.train, torch.Tensor) else data.train.select(held_out)
+        return "validation", kept, labels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.config.seed)  # pixels that are drawn anew at each use are drawn once here
-        values = training["x"][held_out] if isinstance(training, dict) else training.take(held_out)["x"]
-    return "validation", values, labels
+        return "validation", training.take(held_out)["x"], labels
 
 
 def open_run(folder: Path) -> Run:
@@ -342,11 +340,15 @@ def data_of(run: Run, moved: str | None) -> Data:
             f"`{run.path}` is a pretrained model, which does not hold its data's fingerprint. Give the run that it was "
             "made of, or use what takes a file: score, encode, impute, sample."
         )
+    from aevb.data.files import shown
+
     data = load_data(run.data["command"] | ({"source": moved} if moved else {}))
-    if any(data.describe().get(name) != run.data.get(name) for name in ("sha256", "batch")):
+    found = data.describe()
+    if lost := [name for name in ("batch", "sha256") if found.get(name) != run.data.get(name)]:
+        what = f"its column `{shown(data.batch.column)}` names other batches" if data.batch and "batch" in lost else ""
         raise InputError(
-            f"{data.name} is not what the run was trained on: its content is another. Restore the file, or name "
-            "where it is now with --data."
+            f"{data.name} is not what the run was trained on: {what or 'its content is another'}. Restore the file, or "
+            "name where it is now with --data."
         )
     return data
 
@@ -398,15 +400,13 @@ def schema_of(run: Run) -> Schema | None:
 
 
 def rows_for_start(data: Data) -> dict[str, Any]:
-    """Train rows that `build_vae` starts from; grey values have the mean of the pixels drawn from them."""
+    """Train rows that `build_vae` starts from, batches behind; grey values have the mean of pixels drawn from them."""
     from aevb.data import SparseRows
 
     if isinstance(data.train, SparseRows):
         return {"x": data.train}
     if data.target is not None:
-        return data.target.split(data.train)
-    if data.batch is not None:
-        return {"x": data.train}
+        return data.nodes(data.train)
     rows = data.train.float() if not data.train.is_floating_point() else data.train
     return {"x": rows / 255 if data.binarize == "epoch" and not data.train.is_floating_point() else rows}
 

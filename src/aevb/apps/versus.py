@@ -80,9 +80,9 @@ def _check_given(first: str, one: Run, name: str, other: Run) -> None:
     here, there = (given_to(run.vae) for run in (one, other))
     if here != there:
         raise InputError(
-            f"`{first}` and `{name}` differ in what they are given ({', '.join(here) or 'nothing'} and "
-            f"{', '.join(there) or 'nothing'}): log {quantity(here, False)} is no log {quantity(there, False)}. Train "
-            "both with the same --library and --batch."
+            f"`{first}` is given {' and '.join(here) or 'nothing'}, `{name}` {' and '.join(there) or 'nothing'}: "
+            f"log {quantity(here, False)} is no log {quantity(there, False)}. Train both with the same --library and "
+            "--batch."
         )
     by, other_by = ((run.data.get("batch") or {}).get("column") for run in (one, other))
     if by != other_by:

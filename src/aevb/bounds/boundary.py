@@ -55,6 +55,12 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
     if not rows_of(cast):
         raise InputError("`values` has no rows; give at least one datum.")
     vae.latents(cast)
+    batches = 0 if vae.config is None else vae.config.batches
+    if batches and cast["batch"].shape[1:] != (batches,):
+        raise InputError(
+            f"`batch` must be (N, {batches}), one-hot; got shape {tuple(cast['batch'].shape)}. Make it of codes with "
+            f"`aevb.data.Batch.one_hot(codes)`, or torch.eye({batches})[codes]."
+        )
     if not any(name in vae.p.nodes for name in cast):
         raise InputError(f"`values` gives no node of p, which has {', '.join(vae.p.nodes)}. Give at least one.")
     for name, value in cast.items():
@@ -67,6 +73,8 @@ def prepare(vae: VAE, values: Values) -> dict[str, Tensor]:
     for name in holes:
         if name in vae.q.nodes:
             _check_whole_rows(name, cast[name])
+        if name in vae.given:
+            _check_context(vae, name, cast[name])
     vae.require_sight(holes)
     _check_support(vae, cast, holes)
     return cast
@@ -81,6 +89,18 @@ def _check_whole_rows(name: str, value: Tensor) -> None:
             f"`{name}` is missing in part in row {row}, but q infers it as a whole. Give all of its entries or none, "
             "or drop its factor from q, so that single entries are integrated out."
         )
+
+
+def _check_context(vae: VAE, name: str, value: Tensor) -> None:
+    """Context is known in every row, unless all factors that take it see what is missing."""
+    try:
+        vae.require_sight([name])
+    except InputError:
+        row = int(value.isnan().reshape(len(value), -1).any(1).nonzero()[0])
+        raise InputError(
+            f"`{name}` is missing (NaN) in row {row}, and the model is given it: context must be known in every row. "
+            "Fill it in, or leave that row out; a batch is made of codes with `aevb.data.Batch.one_hot(codes)`."
+        ) from None
 
 
 def _check_cast(name: str, value: Tensor, cast: Tensor) -> None:

@@ -43,14 +43,15 @@ __all__ = ["LIKELIHOODS", "POSTERIORS", "PRIORS", "build_vae"]
 def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | None = None) -> VAE:
     r"""The model p(z) p(x | z) with q(z | x) that `config` tells, or p(y) p(z) p(x | y, z) with q(y | x) q(z | x, y).
 
-    With `batches`, p(z) p(x | z, batch) with q(z | x, batch), the batch a one-hot vector that is given.
+    With `batches`, p(z) p(x | z, batch) with q(z | x, batch), the batch a one-hot vector that is given; a library size
+    is drawn, or is latent with a prior of its own, per batch.
 
     Args:
         config: What to build.
-        x: Training rows `(N, features)`, NaN for missing; one-hot columns of their batches may stand behind. Where
-            given, the likelihood starts at their mean (Burda et al., 2016, start the output biases so), the encoder
-            sees them standardised, and pseudo-inputs of a vamp prior start at some of them. `aevb.data.SparseRows` are
-            looked at part by part.
+        x: Training rows `(N, features)`, NaN for missing; one-hot columns of their batches may stand behind, without
+            which all batches have one library size. Where given, the likelihood starts at their mean (Burda et al.,
+            2016, start the output biases so), the encoder sees them standardised, and pseudo-inputs of a vamp prior
+            start at some of them. `aevb.data.SparseRows` are looked at part by part.
         y: The target in these rows, codes of classes or numbers, `(N,)`, NaN for missing. Where given, p(y) and
             q(y | x) start at its shares, or at its mean and spread.
 
@@ -64,8 +65,8 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | N
         >>> build_vae(ModelConfig(features=9, likelihood="negative-binomial", library="observed", batches=3)).p.keys
         ('z', 'x | z, batch, library')
     """
-    if x is not None and x.shape[1:] not in ((config.features,), (config.features + config.batches,)):
-        raise InputError(f"`x` must be (N, {config.features}) as `features` says; got shape {tuple(x.shape)}.")
+    if x is not None:
+        _check_rows(config, x)
     target = TargetStart.of(config, y) if config.target else None
     start = replace(start_of(config, x), target=target)
     likelihood = LIKELIHOODS[config.likelihood](config, start)
@@ -80,16 +81,30 @@ def build_vae(config: ModelConfig, x: Tensor | Rows | None = None, y: Tensor | N
     library = ", library" if config.library != "none" else ""
     p: dict[str, nn.Module] = {"z": prior, f"x | z{batch}{library}": likelihood}
     q: dict[str, nn.Module] = {f"z | x{batch}": posterior}
+    loc, scale = start.sizes or (torch.zeros(max(1, config.batches)), torch.ones(max(1, config.batches)))
     if config.library == "observed":
-        q["library | x"] = Deterministic(LogTotal(loc=start.size[0], scale=start.size[1]))
+        q["library | x"] = Deterministic(LogTotal(loc=loc, scale=scale))
     if config.library == "latent":
         q[f"library | x{batch}"] = _size_of(config, start)
-        sizes = LearnedNormal(1, start.size[1])
-        torch.nn.init.constant_(sizes.loc, start.size[0])
-        p["library"] = sizes
+        p["library | batch" if batch else "library"] = _sizes_by_batch(loc, scale) if batch else _sizes(loc, scale)
     vae = VAE(BayesNet(p), BayesNet(q), given=("batch",) if config.batches else ())
     vae.config = config
     return vae
+
+
+def _check_rows(config: ModelConfig, x: Tensor | Rows) -> None:
+    if x.shape[1:] not in ((config.features,), (config.features + config.batches,)):
+        wider = f", or (N, {config.features + config.batches}) with the {config.batches} one-hot columns of `batches` "
+        raise InputError(
+            f"`x` must be (N, {config.features}) as `features` says{wider + 'behind' if config.batches else ''}; got "
+            f"shape {tuple(x.shape)}. Give such rows, or another configuration."
+        )
+    behind = getattr(x, "batch", None)  # of aevb.data.SparseRows, which this module does not know
+    if behind is not None and len(behind) != config.batches:
+        raise InputError(
+            f"`x` has the one-hot columns of {len(behind)} batches behind; `batches` says {config.batches}. Build the "
+            f"model with features={x.shape[1] - len(behind)}, batches={len(behind)}."
+        )
 
 
 def _bernoulli(config: ModelConfig, start: Start) -> nn.Module:
@@ -271,6 +286,23 @@ def _size_of(config: ModelConfig, start: Start) -> nn.Module:
     return DiagonalNormal(LogTotal(Standardize(net, _centre(start), start.scale, log1p=True)))
 
 
+def _sizes(loc: Tensor, scale: Tensor) -> nn.Module:
+    """p(library), started at the mean and spread of all rows."""
+    sizes = LearnedNormal(1, float(scale))
+    torch.nn.init.constant_(sizes.loc, float(loc))
+    return sizes
+
+
+def _sizes_by_batch(loc: Tensor, scale: Tensor) -> nn.Module:
+    """p(library | batch), Gaussian (Lopez et al., 2018), linear in the one-hot batch, started at each one's figures."""
+    net = MLP(len(loc), [], 2)
+    told = torch.stack([loc, scale.expm1().log()])  # softplus makes it the scale
+    with torch.no_grad():  # what batches share stands in the biases, so that decay of weights draws them together
+        net.last.bias.copy_(told.mean(1))
+        net.last.weight.copy_(told - told.mean(1, keepdim=True))
+    return DiagonalNormal(net)
+
+
 def _centre(start: Start) -> Tensor:
     """What stands for 0 of log(1 + x) in front of a net."""
     return start.mean.log1p() if start.centre is None else start.centre
@@ -282,14 +314,14 @@ def _encoder(config: ModelConfig, outputs: int, start: Start) -> nn.Module:
     net = _seeing(config, outputs)
     if config.library != "none":
         return Standardize(net, _centre(start), start.scale, log1p=True)
-    return Standardize(Holes(net) if config.holes else net, start.mean, start.scale)
+    return Standardize(Holes(net, first=1) if config.holes else net, start.mean, start.scale)
 
 
 def _seeing(config: ModelConfig, outputs: int) -> MLP | ConvNet:
-    """A net from x, and its batch, beside which stand their masks where there may be holes."""
+    """A net from x, and its batch, behind which stands the mask of x where there may be holes."""
     sides = 2 if config.holes else 1
     if config.net != "convolutional":
-        return _mlp(config, sides * (config.features + config.batches), config.hidden, outputs)
+        return _mlp(config, sides * config.features + config.batches, config.hidden, outputs)
     channels, height, width = config.image
     image = (sides * channels, height, width)
     return ConvNet(image, config.channels, outputs, config.activation, batch_norm=config.batch_norm)

@@ -46,19 +46,19 @@ class Start:
     bias: Tensor | None = None  # what the decoder says first of a table's columns
     resolution: Tensor | None = None  # (features,) of a table, the step of its values, in the units of `mean`
     heaps: dict[int, Tensor] = field(default_factory=dict)  # of ordinal columns, log-weights of their levels
-    size: tuple[float, float] = (0.0, 1.0)  # mean and spread of the log of a row's sum
+    sizes: tuple[Tensor, Tensor] | None = None  # float64 mean and spread of a row's log sum, (1,), or (batches,) each
     target: TargetStart | None = None
 
 
 def start_of(config: ModelConfig, x: Tensor | Rows | None) -> Start:
-    """What rows `(N, features)`, NaN for missing, tell; without any, what is usual. Columns behind tell nothing."""
+    """What rows `(N, features)`, NaN for missing, tell; without any, what is usual. Columns behind tell batches."""
     if x is None:
         counts = 0.5 * config.total_count if config.total_count is not None else 1.0
         centre = _CENTRE.get(config.likelihood, counts)
         return Start(mean=torch.full((config.features,), centre), scale=torch.ones(config.features), rows=None)
-    x = x[:, : config.features] if isinstance(x, Tensor) else x
     if not isinstance(x, Tensor) or config.library != "none":
         return _start_in_parts(config, x)
+    x = x[:, : config.features]
     if config.kinds:
         return _table_start(config, x)
     values = x.to(torch.float64)
@@ -102,12 +102,13 @@ _CENTRE = {"mixed": 0.0, "bernoulli": 0.5, "autoregressive": 0.5, "discretized-l
 def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
     """As `start_of`, in one pass over rows that are not held dense; none has holes."""
     parts = torch.arange(x.shape[0]).split(_ROWS) if isinstance(x, Tensor) else x.split()
-    sums, totals = torch.zeros(3, config.features, dtype=torch.float64), []
+    sums, totals, codes = torch.zeros(3, config.features, dtype=torch.float64), [], []
     for part in parts:
-        values = x[part][:, : config.features].to(torch.float64)
+        values, behind = x[part].to(torch.float64).split([config.features, x.shape[1] - config.features], 1)
         shown = values.log1p() if config.library != "none" else values
         sums += torch.stack([values.sum(0), shown.sum(0), shown.square().sum(0)])
         totals.append(values.sum(1))
+        codes += [behind.argmax(1)] if behind.shape[1] else []
     mean, centre, square = sums / x.shape[0]
     spread = (square - centre.square()).clamp(min=0.0)
     own = config.likelihood in ("normal", "student-t")
@@ -118,6 +119,7 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
         )
     scale = spread.sqrt() if own else spread.mean().sqrt().expand_as(mean)
     sizes = torch.cat(totals).clamp(min=1.0).log()
+    loc, spreads = _sizes(sizes, torch.cat(codes) if codes else None, max(1, config.batches))
     some = torch.randperm(x.shape[0])[: max(1, config.components if config.prior == "vamp" else 1)]
     dtype = torch.get_default_dtype()
     return Start(
@@ -125,8 +127,27 @@ def _start_in_parts(config: ModelConfig, x: Tensor | Rows) -> Start:
         scale=torch.where(scale == 0, 1.0, scale).to(dtype),
         rows=x[some][:, : config.features].to(dtype),
         centre=centre.to(dtype),
-        size=(float(sizes.mean()), max(float(sizes.std(correction=0)), 1e-2)),
+        sizes=(loc, spreads),
     )
+
+
+_LEAST_SPREAD = 1e-2
+"""Of the logs of library sizes: with none at all, q(library | x) would have no chance under p."""
+
+
+def _sizes(sizes: Tensor, codes: Tensor | None, batches: int) -> tuple[Tensor, Tensor]:
+    """Mean and spread of log library sizes `(N,)`, `(batches,)` each, by the code of each row's batch.
+
+    A batch that has one row, none, or no spread has that of all rows, as have all where no codes are told.
+    """
+    loc, spread = (each.expand(batches) for each in (sizes.mean(), sizes.std(correction=0)))
+    if codes is not None:
+        count = torch.bincount(codes, minlength=batches)
+        total, square = torch.zeros(2, batches, dtype=sizes.dtype)
+        mean = total.index_add(0, codes, sizes) / count.clamp(min=1)
+        own = (square.index_add(0, codes, (sizes - mean[codes]).square()) / count.clamp(min=1)).sqrt()
+        loc, spread = torch.where(count > 0, mean, loc), torch.where(moving(own, mean) > 0, own, spread)
+    return loc.clone(), spread.clamp(min=_LEAST_SPREAD)
 
 
 def _table_start(config: ModelConfig, x: Tensor) -> Start:

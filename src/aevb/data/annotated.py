@@ -91,8 +91,8 @@ def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
             f"{where} is of the time before AnnData 0.7, whose columns of .obs are not read. Read and write it with a "
             "newer AnnData first."
         )
-    if column not in table or column == table.attrs["_index"]:
-        had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
+    had = [name for name in map(_text, table.attrs["column-order"]) if name in table]
+    if column not in had:  # any other path of HDF5 is no column: the names of rows, `donor/codes`
         raise InputError(
             f"{where} has no column `{shown(column)}` in .obs, which is to name each row's batch; it has "
             f"{listed(had) if had else 'none'}. Add it, adata.obs[{column!r}] = ..., or name another when training."
@@ -104,14 +104,18 @@ def _batches(file: Any, column: str, where: str) -> tuple[str | None, ...]:
         kept = stored["categories"]
         values, codes = (kept["values"] if hasattr(kept, "keys") else kept)[:], stored["codes"][:]
     else:
-        values, allowed = (stored["values"] if hasattr(stored, "keys") else stored)[:], "biuOSU"
+        values = (stored["values"] if hasattr(stored, "keys") else stored)[:]
+        if not (values.dtype.kind == "f" and bool(np.all(np.isnan(values) | (values == np.floor(values))))):
+            allowed = "biuOSU"
         codes, missing = np.arange(len(values)), stored["mask"][:] if hasattr(stored, "keys") else None
     if values.dtype.kind not in allowed:
         raise InputError(
             f"{where}: .obs[{column!r}] holds {values.dtype}, and a batch is a category, text, a boolean or a whole "
             f"number. Make it one: adata.obs[{column!r}] = adata.obs[{column!r}].astype('category')."
         )
-    names = [_text(value) or None for value in values]
+    # Categories of whole numbers with a gap among them were floats: 1.0 is the 1 of another file.
+    whole = values.dtype.kind == "f"
+    names = [_text(int(value) if whole and float(value).is_integer() else value) for value in values]
     gone = codes < 0 if missing is None else missing
     return tuple(None if gap else names[code] for code, gap in zip(codes.tolist(), gone.tolist(), strict=True))
 

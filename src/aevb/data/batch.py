@@ -44,13 +44,13 @@ class Batch:
             counts[name] += 1  # type: ignore[index]
         if len(counts) == 1:
             raise InputError(
-                f"{where} has one batch only, `{column}` being {next(iter(counts))!r} in every row, and there is "
-                "nothing to tell apart. Name another column, or train without a batch."
+                f"{where} has one batch only, `{shown(column)}` being {shown(next(iter(counts)))!r} in every row, and "
+                "there is nothing to tell apart. Name another column, or train without a batch."
             )
         if 2 * len(counts) > len(names):
             raise InputError(
-                f"{where} has {len(counts)} values of `{column}` in {len(names)} rows, which look like names of rows "
-                "and not of batches. Name a column whose values many rows share."
+                f"{where} has {len(counts)} values of `{shown(column)}` in {len(names)} rows, which look like names of "
+                "rows and not of batches. Name a column whose values many rows share."
             )
         return cls(column=column, values=tuple(counts), counts=tuple(counts.values()))
 
@@ -78,9 +78,9 @@ class Batch:
         code = {name: i for i, name in enumerate(self.values)}
         if (odd := next((row for row, name in enumerate(names) if name not in code), None)) is not None:
             raise InputError(
-                f"{where}: `{self.column}` is {shown(str(names[odd]))!r} in row {odd} (counting from 0), a batch that "
-                f"the model was not trained on; it knows {listed(self.values)}. Leave such rows out, or train anew "
-                "with them."
+                f"{where}: `{shown(self.column)}` is {shown(str(names[odd]))!r} in row {odd} (counting from 0), a "
+                f"batch that the model was not trained on; it knows {listed(self.values)}. Leave such rows out, or "
+                "train anew with them."
             )
         return torch.tensor([code[name] for name in names if name is not None])
 
@@ -97,11 +97,15 @@ class Batch:
         return torch.multinomial(torch.tensor(self.counts, dtype=torch.float64), rows, replacement=True)
 
 
+_MISSING = (None, "", "nan", "None", "<NA>")
+"""What stands for no value: also as text, which columns that were once made text of have."""
+
+
 def _check_known(column: str, names: Sequence[str | None], where: str) -> None:
-    if (gap := next((row for row, name in enumerate(names) if name is None), None)) is not None:
+    if (gap := next((row for row, name in enumerate(names) if name in _MISSING), None)) is not None:
         raise InputError(
-            f"{where}: row {gap} (counting from 0) has no value of `{column}`, and the model is given every row's "
-            "batch. Fill it in, or leave that row out."
+            f"{where}: row {gap} (counting from 0) has no value of `{shown(column)}`, and the model is given every "
+            "row's batch. Fill it in, or leave that row out."
         )
 
 

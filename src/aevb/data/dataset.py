@@ -14,7 +14,7 @@ from aevb.data.binary import Binarize, Binarized, check_binarize
 from aevb.data.sparse import SparseRows
 from aevb.data.target import Target
 
-__all__ = ["Data"]
+__all__ = ["Data", "nodes_of"]
 
 _IN_WORDS: dict[str, str] = {
     "none": "none",
@@ -74,12 +74,19 @@ class Data:
     def __post_init__(self) -> None:
         """Check that the parts fit together."""
         check_binarize(self.binarize, self.seed)
+        if self.batch is not None and self.binarize == "epoch":
+            raise InputError("`batch` is one-hot behind the entries, which `binarize` epoch draws anew. Drop one.")
         for name, x in (("train", self.train), ("test", self.test)):
             if x is not None and (x.ndim != 2 or x.shape[1] != self.train.shape[1]):
                 raise InputError(
                     f"`{name}` must be (rows, columns) with as many columns as `train`; got shape {tuple(x.shape)}. "
                     "Flatten images with `x.flatten(1)`, and give both parts the same columns."
                 )
+        if self.batch is not None and self.features < 1:
+            raise InputError(
+                "`train` must be (rows, columns) with the one-hot columns of `batch` behind; got shape "
+                f"{tuple(self.train.shape)} with {len(self.batch)} batches. Give rows that have entries, too."
+            )
         if self.columns is not None and len(self.columns) != self.features:
             raise InputError(
                 f"`columns` must have {self.features} names, one a column; got {len(self.columns)}. Name every column."
@@ -100,11 +107,18 @@ class Data:
         """
         if isinstance(self.train, SparseRows):
             return self.train
-        if self.target is not None:
-            return self.target.split(self.train)
-        if self.batch is not None:
-            return self.batch.split(self.train)
-        return Binarized(self.train) if self.binarize == "epoch" else {"x": self.train}
+        return Binarized(self.train) if self.binarize == "epoch" else self.nodes(self.train)
+
+    def nodes(self, rows: Tensor) -> dict[str, Tensor]:
+        """The nodes of a model in dense rows as `train` has them: `x`, beside a target `y`, or a `batch`.
+
+        Example:
+            >>> import torch
+            >>> data = Data(name="a", train=torch.eye(4), batch=Batch.of("donor", ["A", "B", "A", "B"]))
+            >>> {name: tuple(value.shape) for name, value in data.nodes(data.train[:3]).items()}
+            {'x': (3, 2), 'batch': (3, 2)}
+        """
+        return nodes_of(rows, self.target, self.batch)
 
     def describe(self) -> dict[str, Any]:
         """What a run records of its data, JSON-able.
@@ -136,6 +150,13 @@ class Data:
             "dropped": list(self.dropped),
             "kept": None if self.kept is None else list(self.kept),
         } | named
+
+
+def nodes_of(rows: Tensor, target: Target | None = None, batch: Batch | None = None) -> dict[str, Tensor]:
+    """The nodes of a model in rows `(*, P)`: `x` alone, beside the column that is `y`, or beside their `batch`."""
+    if target is not None:
+        return target.split(rows)
+    return {"x": rows} if batch is None else batch.split(rows)
 
 
 def _missing(x: Tensor | SparseRows) -> int:

@@ -71,7 +71,7 @@ class SparseRows:
             where: How an error names the rows.
 
         Raises:
-            InputError: If a row has none, or one that is none of `batch`.
+            InputError: If a row has none, or one that is none of `batch`; if the rows have batches already.
 
         Example:
             >>> from scipy.sparse import csr_array
@@ -84,9 +84,19 @@ class SparseRows:
 
         if len(names) != len(self):
             raise InputError(f"`names` must have one batch a row, {len(self)}; got {len(names)}. Give them all.")
+        if self.batch is not None:
+            raise InputError(
+                f"The rows have their batch beside them already, `{shown(self.batch.column)}`, and a model takes one "
+                "column. Join the two into one before (donor_plate)."
+            )
+        if self.node == "batch":
+            raise InputError("The rows are the node `batch` themselves. Give them another `node`.")
         made = copy.copy(self)
-        ones, starts = np.ones(len(self), dtype=self.matrix.dtype), np.arange(len(self) + 1)
-        behind = sparse.csr_array((ones, batch.codes(names, where).numpy(), starts), shape=(len(self), len(batch)))
+        # Of the matrix's own kind, else positions would double in size; SciPy widens them where there are too many.
+        kind = self.matrix.indptr.dtype
+        ones, starts = np.ones(len(self), dtype=self.matrix.dtype), np.arange(len(self) + 1, dtype=kind)
+        codes = batch.codes(names, where).numpy().astype(kind)
+        behind = sparse.csr_array((ones, codes, starts), shape=(len(self), len(batch)))
         made.matrix = sparse.hstack([self.matrix, behind], format="csr")
         made.batch = batch
         return made
@@ -96,8 +106,13 @@ class SparseRows:
         return list(torch.arange(len(self)).split(max(1, _ENTRIES // self.shape[1])))
 
     def select(self, rows: Tensor | None = None, columns: Tensor | None = None) -> SparseRows:
-        """Some rows, some columns, or both; still sparse. Columns of rows without a batch only."""
-        assert columns is None or self.batch is None
+        """Some rows, some columns, or both; still sparse.
+
+        Raises:
+            InputError: If columns are chosen of rows that have a batch beside them.
+        """
+        if columns is not None and self.batch is not None:
+            raise InputError("The rows have their batch beside them. Choose columns first, then put it `beside` them.")
         chosen = self.matrix if rows is None else self.matrix[rows.cpu().numpy()]
         chosen = chosen if columns is None else chosen[:, columns.cpu().numpy()]
         names = self.columns

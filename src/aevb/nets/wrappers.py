@@ -157,6 +157,7 @@ class Holes(nn.Module):
     Args:
         net: Takes the filled parents, then their masks (1 where known, 0 where missing), each `(*, D_i)`: twice the
             width.
+        first: How many parents, from the first on, may have missing entries, and have a mask; all if None.
 
     Example:
         >>> import torch
@@ -168,9 +169,9 @@ class Holes(nn.Module):
 
     sees_holes = True
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, *, first: int | None = None) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.first = net, first
 
     @property
     def outputs(self) -> int | None:
@@ -179,10 +180,11 @@ class Holes(nn.Module):
 
     def forward(self, *parents: Tensor) -> Tensor:
         """Parents `(*, D_i)`, with NaN for missing, to what `net` returns."""
-        missing = [parent.isnan() for parent in parents]
-        filled = [parent.masked_fill(gap, 0.0) for parent, gap in zip(parents, missing, strict=True)]
+        some, whole = parents[: self.first], parents[len(parents[: self.first]) :]
+        missing = [parent.isnan() for parent in some]
+        filled = [parent.masked_fill(gap, 0.0) for parent, gap in zip(some, missing, strict=True)]
         result: Tensor = self.net(
-            *filled, *((~gap).to(parent.dtype) for parent, gap in zip(parents, missing, strict=True))
+            *filled, *whole, *((~gap).to(parent.dtype) for parent, gap in zip(some, missing, strict=True))
         )
         return result
 
@@ -194,8 +196,9 @@ class LogTotal(nn.Module):
     Args:
         net: If given, takes the row, too, and further parents; the first number it returns has that log added, and all
             are handed on.
-        loc: Mean of it over the training rows, with which rows can be drawn later.
-        scale: Its spread over them.
+        loc: Mean of it over the training rows, with which rows can be drawn later; of rows in batches `(B,)`, that over
+            each batch.
+        scale: Its spread over them, likewise.
 
     Example:
         >>> LogTotal()(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
@@ -206,11 +209,11 @@ class LogTotal(nn.Module):
     loc: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module | None = None, *, loc: float = 0.0, scale: float = 1.0) -> None:
+    def __init__(self, net: nn.Module | None = None, *, loc: float | Tensor = 0.0, scale: float | Tensor = 1.0) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("loc", torch.tensor([loc]))
-        self.register_buffer("scale", torch.tensor([scale]))
+        for name, value in (("loc", loc), ("scale", scale)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.get_default_dtype()).reshape(-1).clone())
 
     @property
     def outputs(self) -> int | None:
@@ -224,6 +227,11 @@ class LogTotal(nn.Module):
             return total
         out: Tensor = self.net(parent, *others)
         return torch.cat([out[..., :1] + total, out[..., 1:]], -1)
+
+    def draw(self, rows: int, batch: Tensor | None = None) -> Tensor:
+        """Log sizes `(rows, 1)` from torch's current generator, each by its one-hot `batch` `(rows, B)`, if any."""
+        at = torch.zeros(rows, 1, dtype=torch.long) if batch is None else batch.argmax(-1, keepdim=True)
+        return self.loc[at] + self.scale[at] * torch.randn(rows, 1)
 
 
 @final

@@ -27,8 +27,9 @@ _SMALL = {"fontsize": 8, "pad": 3}
 
 def drawn(summary: Summary) -> dict[str, list[Picture]]:
     """The pictures of each finding, by its name."""
+    of = {"of": f"log {summary.quantity}"}  # what the captions call it
     return {
-        name: [each for draw in _PICTURES.get(name, ()) if (each := draw(finding.figures)) is not None]
+        name: [each for draw in _PICTURES.get(name, ()) if (each := draw({**finding.figures, **of})) is not None]
         for name, finding in summary.findings.items()
     }
 
@@ -46,11 +47,11 @@ def _estimates(told: Mapping[str, Any]) -> Picture:
     axes.set(xlabel="importance sampling, nats", ylabel="annealing, nats")
     higher = int((annealed > sampled).sum())
     note = (
-        "A point is a row, at its two estimates of log p(x), both lower bounds; above the line annealing is the "
+        f"A point is a row, at its two estimates of {told['of']}, both lower bounds; above the line annealing is the "
         f"higher, as in {higher} of {len(sampled)} rows."
     )
     return picture(
-        figure, "Two estimates of log p(x)", f"Annealing against importance sampling, row by row. {note}", note
+        figure, f"Two estimates of {told['of']}", f"Annealing against importance sampling, row by row. {note}", note
     )
 
 
@@ -63,11 +64,11 @@ def _bracket(told: Mapping[str, Any]) -> Picture:
     if np.isfinite(error):
         axes.axhspan(mean - error, mean + error, color=ORANGE, alpha=0.2, linewidth=0, label="± standard error")
     axes.plot(lower, upper - lower, "o", color=BLUE, markersize=4, alpha=0.7, markeredgewidth=0)
-    axes.set(xlabel="lower bound of log p(x), nats", ylabel="upper − lower bound, nats")
+    axes.set(xlabel=f"lower bound of {told['of']}, nats", ylabel="upper − lower bound, nats")
     figure.legend(loc="outside upper center", ncols=2)
     note = (
-        "A point is a row simulated from the model, where annealing bounds log p(x) from both sides; a bound holds in "
-        "expectation, so that single points may fall below 0."
+        f"A point is a row simulated from the model, where annealing bounds {told['of']} from both sides; a bound "
+        "holds in expectation, so that single points may fall below 0."
     )
     return picture(figure, "Two-sided bracket", f"Width of the bracket, {len(lower)} simulated rows. {note}", note)
 
@@ -88,12 +89,16 @@ def _split(told: Mapping[str, Any]) -> Picture:
     axes.set(xlabel="nats per row", yticks=[], ylim=(-0.6, 0.6))
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=2)
-    note = "Mean of log p(x) − ELBO over the rows, in two parts; each error bar is the standard error of its own part."
+    note = (
+        f"Mean of {told['of']} − ELBO over the rows, in two parts; each error bar is the standard error of its own "
+        "part."
+    )
     return picture(figure, "Where the gap comes from", f"Stacked bar of the mean gap. {note}", note)
 
 
 def _families(told: Mapping[str, Any]) -> Picture:
-    levels = [(_NAMES.get(name, name), each) for name, each in told["above_elbo"].items()] + [("log p(x)", told["gap"])]
+    levels = [(_NAMES.get(name, name), each) for name, each in told["above_elbo"].items()]
+    levels.append((told["of"].replace(" | ", "\n| "), told["gap"]))  # in two lines: it is wider than the others
     means, errors = _array([each for _, each in levels]).T
     figure, axes = blank()
     axes.axhline(0, color=GREY, linewidth=1)
@@ -102,8 +107,8 @@ def _families(told: Mapping[str, Any]) -> Picture:
     axes.set(ylabel="nats above the ELBO of q", xlim=(-0.6, len(levels) - 0.4))
     axes.grid(visible=False, axis="x")
     note = (
-        "ELBO of q refined for each row, less that of q as it is, by family; last log p(x), which none exceeds. Error "
-        "bars are standard errors of the mean difference, row by row."
+        f"ELBO of q refined for each row, less that of q as it is, by family; last {told['of']}, which none exceeds. "
+        "Error bars are standard errors of the mean difference, row by row."
     )
     return picture(figure, "What refining q would win", f"ELBO by family of q. {note}", note)
 

@@ -74,15 +74,12 @@ def write_report(
             f"A report needs {error.name}, which is not installed. Install it: pip install 'aevb[apps]'."
         ) from None
     _check(test, labels, image_shape, columns, classes, 0 if batch is None else len(batch))
-    beside: dict[str, Tensor] = {}
     if target is not None:
         assert isinstance(test, Tensor)  # a table
-        values = target.split(test)
-        test, beside = values["x"], {"y": values["y"]}
         columns = None if columns is None else target.others(tuple(columns))
         if target.classes:
-            labels, classes = values["y"].nan_to_num(-1.0), [str(label) for label in target.labels]
-    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, beside, batch)
+            labels, classes = test[:, target.at].nan_to_num(-1.0), [str(label) for label in target.labels]
+    seen = look(run.vae, test, labels, TABLE_DRAWS if image_shape is None else SAMPLES, seed, target, batch)
     if batch is not None and labels is None:
         classes = batch.values
     with style.context(["default", STYLE]):

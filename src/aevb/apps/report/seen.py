@@ -14,7 +14,8 @@ from aevb.apps.report.drawing import Array
 from aevb.apps.summary import sizes
 from aevb.bayesnet import VAE, BayesNet
 from aevb.bounds import evaluating, prepare, terms
-from aevb.data import Batch, SparseRows
+from aevb.data import Batch, SparseRows, Target
+from aevb.data.dataset import nodes_of
 
 __all__ = ["SAMPLES", "TABLE_DRAWS", "TILES", "Seen", "look"]
 
@@ -41,9 +42,9 @@ class Seen:
 
 def look(
     vae: VAE, test: Tensor | SparseRows, labels: Tensor | None, draws: int, seed: int,
-    beside: Mapping[str, Tensor] | None = None, batch: Batch | None = None,
+    target: Target | None = None, batch: Batch | None = None,
 ) -> Seen:  # fmt: skip
-    """Encode, reconstruct and sample; `beside` are further nodes of the rows, which are not drawn.
+    """Encode, reconstruct and sample; what stands beside x in the rows, a target or a batch, is not drawn.
 
     The batches of rows that are drawn are as frequent as among those trained on.
     """
@@ -52,15 +53,15 @@ def look(
     with torch.random.fork_rng(), evaluating(vae):
         torch.manual_seed(seed)
         chosen = test[kept if isinstance(test, SparseRows) else kept.to(test.device)]
-        rows = {"x": chosen} if batch is None else batch.split(chosen)
-        values = prepare(vae, rows | {name: value[kept] for name, value in (beside or {}).items()})
+        rows = nodes_of(chosen, target, batch)
+        values = prepare(vae, rows)
         x, means = values["x"], {node: d.mean for node, d in vae.posterior(values).items()}
         node = next((each for each in means if each not in values), None)
         known = dict(values)
         for each, mean in means.items():  # as it is where it is known, else at its mean
             known[each] = torch.where(known[each].isnan(), mean, known[each]) if each in known else mean
         given = {} if batch is None else {"batch": batch.one_hot(batch.drawn(draws)).to(x)}
-        found, drawn = terms(vae, values), vae.p.sample(draws, given | sizes(vae, draws))
+        found, drawn = terms(vae, values), vae.p.sample(draws, given | sizes(vae, draws, given.get("batch")))
         colours = None if labels is None else labels[kept.to(labels.device)]
         if labels is None and batch is not None:
             colours = rows["batch"].argmax(-1)

@@ -34,8 +34,13 @@ _REMEDIES = {
 }
 
 
-def of_annealing(importance: Tensor, samples: int, total: int, annealed: Annealed, bracket: Bracket) -> Finding:
-    """Importance sampling of some rows, `(N,)` of `total`, beside annealing, and the bracket on simulated rows."""
+def of_annealing(
+    importance: Tensor, samples: int, total: int, annealed: Annealed, bracket: Bracket, of: str = "p(x)"
+) -> Finding:
+    """Importance sampling of some rows, `(N,)` of `total`, beside annealing, and the bracket on simulated rows.
+
+    What is estimated is the log `of` them.
+    """
     difference = annealed.log_prob - importance.to(annealed.log_prob)
     (sampled, sampled_error), (lower, lower_error), (off, error) = map(
         mean_and_error, (importance.double(), annealed.log_prob, difference)
@@ -50,7 +55,7 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
     elif off > 0:
         verdict = (
             f"Both are lower bounds in expectation, and annealing is higher by {figure(off, error)} nats: importance "
-            "sampling misses about that much of log p(x), or more."
+            f"sampling misses about that much of log {of}, or more."
         )
     else:
         verdict = (
@@ -71,7 +76,7 @@ def of_annealing(importance: Tensor, samples: int, total: int, annealed: Anneale
         ),
         meaning=(
             verdict,
-            "On simulated rows annealing bounds log p(x) from both sides, in expectation; on real rows it is a lower "
+            f"On simulated rows annealing bounds log {of} from both sides, in expectation; on real rows it is a lower "
             "bound only, and the bracket tells of them as far as they are like the model's own.",
         ),
         figures=plain(
@@ -117,8 +122,8 @@ def of_rounding(found: Rounding, total: int, *, kept: bool) -> Finding:
     )
 
 
-def of_gaps(found: Gaps, total: int) -> Finding:
-    """Where log p(x) - ELBO comes from, for some rows of `total`, and which remedy would win most of it."""
+def of_gaps(found: Gaps, total: int, of: str = "p(x)") -> Finding:
+    """Where log p - ELBO, p being that `of`, comes from for some rows of `total`; which remedy would win most of it."""
     gains = {"own": found.amortization} | {name: found.gain(name) for name in found.refined if name != "own"}
     gap, amortization, approximation = (
         mean_and_error(each) for each in (found.log_prob - found.elbo, found.amortization, found.approximation)
@@ -126,14 +131,14 @@ def of_gaps(found: Gaps, total: int) -> Finding:
     elbo, log_prob = mean_and_error(found.elbo), mean_and_error(found.log_prob)
     won = {name: mean_and_error(each) for name, each in gains.items()}
     short = approximation[0] < 0 and told_from_zero(*approximation, len(found.elbo))
-    warning = " A refined q lies above log p(x): take more --samples or --temperatures." if short else ""
+    warning = f" A refined q lies above log {of}: take more --samples or --temperatures." if short else ""
     return Finding(
         title="Inference gaps",
         facts=(
             ("rows", f"{len(found.elbo)} of {total}, evenly spaced"),
-            ("log p(x)", f"{figure(*log_prob)} nats, by {found.source}"),
+            (f"log {of}", f"{figure(*log_prob)} nats, by {found.source}"),
             ("ELBO of q", f"{figure(*elbo)} nats"),
-            ("log p(x) - ELBO", f"{figure(*gap)} nats"),
+            (f"log {of} - ELBO", f"{figure(*gap)} nats"),
             ("amortization", f"{figure(*amortization)} nats ({_REMEDIES['own']}, could win it)"),
             ("approximation", f"{figure(*approximation)} nats (q's family, at its best for each row)"),
             *(
@@ -147,7 +152,7 @@ def of_gaps(found: Gaps, total: int) -> Finding:
         ),
         meaning=(
             _remedy(gains) + warning,
-            "log p(x) is the highest of some lower bounds, and refining may stop short: amortization is, in "
+            f"log {of} is the highest of some lower bounds, and refining may stop short: amortization is, in "
             "expectation, at least what is told; the whole gap most likely is, and how the rest splits may err either "
             "way.",
         ),

@@ -70,8 +70,8 @@ class Summary:
     data: str = ""  # what the rows are, their binarisation included
     weights: str = ""  # fingerprint of the weights that were evaluated
     likelihood: str = ""  # family of p(x | z); "" where it is not known by name
-    given: tuple[str, ...] = ()  # what p takes as given that is computed of x itself
-    beside: tuple[str, ...] = ()  # what p takes as given that stands beside x in the data
+    given: tuple[str, ...] = ()  # all that p takes as given, in the order of `given_to`
+    computed: tuple[str, ...] = ()  # of that, what is computed of x itself; the rest stands beside x in the data
     target: str = ""  # the column that is y, where the model has one
     precision: str = "float32"  # of matrix products
     findings: dict[str, Finding] = field(default_factory=dict)  # by the name of the diagnosis
@@ -100,7 +100,7 @@ class Summary:
     @property
     def quantity(self) -> str:
         """What is estimated: p(x), p(x | batch, library), or p(x, y)."""
-        return quantity((*self.beside, *self.given), bool(self.target))
+        return quantity(self.given, bool(self.target))
 
     def facts(self) -> list[tuple[str, str]]:
         """Name and figure of each line, in the order in which they are printed."""
@@ -110,7 +110,7 @@ class Summary:
         return [
             ("rows", f"{self.rows}, {self.split}" + (f" ({self.data})" if self.data else "")),
             *([("likelihood", f"{self.likelihood}: {self.quantity} is a {kind}")] if self.likelihood else []),
-            *([("given", self._what_is_given())] if self.given or self.beside else []),
+            *([("given", self._what_is_given())] if self.given else []),
             *([("target", f"{self.target} is y; where it is missing, log p(x) counts")] if self.target else []),
             ("importance samples", f"{self.samples} a row, seed {self.seed}{self._rounded}"),
             ("ELBO", f"{self.elbo:.2f} nats"),
@@ -121,9 +121,10 @@ class Summary:
         ]
 
     def _what_is_given(self) -> str:
-        parts = [", ".join(self.beside) + ", told of each row"] if self.beside else []
-        parts += [", ".join(self.given) + ", computed of x itself"] if self.given else []
-        return _GIVEN.format(", and ".join(parts), "it" if len(self.given) + len(self.beside) == 1 else "them")
+        brought = [name for name in self.given if name not in self.computed]
+        parts = [", ".join(brought) + ", told of each row"] if brought else []
+        parts += [", ".join(self.computed) + ", computed of x itself"] if self.computed else []
+        return _GIVEN.format(", and ".join(parts), "it" if len(self.given) == 1 else "them")
 
     @property
     def _rounded(self) -> str:
@@ -167,7 +168,10 @@ class Summary:
     def from_json(cls, fields: Mapping[str, Any]) -> Self:
         """The inverse of `to_json`."""
         known: dict[str, Any] = {n: math.nan if v is None else v for n, v in fields.items() if n not in _DERIVED}
-        known |= {name: tuple(known.get(name, ())) for name in ("given", "beside")}
+        if "computed" not in known:  # of a time when `given` was that alone
+            known["computed"] = known.get("given", ())
+            known["given"] = (*known.pop("beside", ()), *known["computed"])
+        known |= {name: tuple(known[name]) for name in ("given", "computed")}
         known["findings"] = {name: Finding.from_json(each) for name, each in known.get("findings", {}).items()}
         return cls(**known)
 
@@ -197,9 +201,9 @@ def summarize(
     if bool((lost := marginal.log_prob.isinf()).any()):
         named = ", ".join(str(int(i)) for i in lost.nonzero()[:10, 0])
         raise InputError(
-            f"log p(x) is -inf for {int(lost.sum())} of {rows} rows, the first of them {named}: at every draw the "
-            "model gives them no chance at all, and no mean can be told. Look at those rows and at the likelihood's "
-            "support, or draw more samples."
+            f"log {quantity(given_to(vae), bool(target))} is -inf for {int(lost.sum())} of {rows} rows, the first of "
+            f"them {named}: at every draw the model gives them no chance at all, and no mean can be told. Look at "
+            "those rows and at the likelihood's support, or draw more samples."
         )
     if isinstance(values, SparseRows):
         units, features = _active_in_parts(vae, values), values.features
@@ -228,8 +232,8 @@ def summarize(
         data=data,
         weights=weights_of(vae),
         likelihood=vae.config.likelihood if vae.config else "",
-        given=vae.context,
-        beside=vae.given,
+        given=given_to(vae),
+        computed=vae.context,
         target=target,
         precision=precision,
     )
@@ -247,13 +251,16 @@ def given_to(vae: VAE) -> tuple[str, ...]:
     return (*vae.given, *vae.context)
 
 
-def sizes(vae: VAE, rows: int) -> dict[str, Tensor]:
-    """Library sizes to draw rows with, log-normal as those trained on, where the model takes them as given."""
+def sizes(vae: VAE, rows: int, batch: Tensor | None = None) -> dict[str, Tensor]:
+    """Library sizes to draw rows with, where the model takes them as given: log-normal as those trained on.
+
+    With the one-hot `batch` of each row, `(rows, B)`, as those of that batch.
+    """
     if vae.context != ("library",):
         return {}
     net = vae.q.conditional("library").net
     assert isinstance(net, LogTotal)
-    return {"library": net.loc + net.scale * torch.randn(rows, 1)}
+    return {"library": net.draw(rows, batch)}
 
 
 def weights_of(vae: VAE) -> str:

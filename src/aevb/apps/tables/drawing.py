@@ -29,6 +29,7 @@ def sample_file(
     import torch
 
     from aevb.data import encode, widened
+    from aevb.data.dataset import nodes_of
     from aevb.evaluate import sample_given
 
     batch, codes = batch_of(run), None
@@ -37,8 +38,7 @@ def sample_file(
     schema, target, bounds, lines = schema_of(run), target_of(run), None, []
     if given and batch is None:
         told, bounds = _bounds(run, given)
-        nodes = {"x": bounds} if target is None else target.split(bounds)
-        nodes = {node: pair for node, pair in nodes.items() if not bool(pair.isinf().all())}
+        nodes = {node: pair for node, pair in nodes_of(bounds, target).items() if not bool(pair.isinf().all())}
         found = sample_given(run.vae, rows, nodes, samples, seed=seed)
         if found.ess < _LEAST_ESS:
             raise InputError(
@@ -80,10 +80,10 @@ def _drawn(run: Run, rows: int, given: Sequence[str]) -> tuple[Tensor, Tensor | 
 
     batch, target = batch_of(run), target_of(run)
     codes = None if batch is None else _codes(batch, given, rows)
-    held = sizes(run.vae, rows)
+    held = {}
     if batch is not None and codes is not None:
         held["batch"] = batch.one_hot(codes).to(next(run.vae.parameters()))
-    drawn = run.vae.p.sample(rows, held)
+    drawn = run.vae.p.sample(rows, held | sizes(run.vae, rows, held.get("batch")))
     return drawn["x"] if target is None else target.join(drawn), codes
 
 
@@ -95,6 +95,9 @@ def _codes(batch: Batch, given: Sequence[str], rows: int) -> Tensor:
 
     if not given:
         return batch.drawn(rows)
+    exact = given[0].removeprefix(f"{batch.column}=")
+    if len(given) == 1 and exact != given[0] and exact in batch.values:  # blanks or signs may begin a value
+        return torch.full((rows,), batch.values.index(exact))
     name, value = given[0].strip()[: len(batch.column)], given[0].strip()[len(batch.column) :].strip()
     value = value.removeprefix("=").removeprefix("=").strip() if value.startswith("=") else ""
     if len(given) > 1 or name != batch.column or value not in batch.values:
@@ -239,7 +242,7 @@ def _nearness(run: Run, rows: Tensor, bounds: Tensor | None, moved: str | None) 
     if not isinstance(data.train, torch.Tensor):
         return "not compared with the rows trained on, which are sparse"
     trained, kept = split_rows(len(data.train), run.config)
-    seen = data.train if data.batch is None else data.batch.split(data.train)["x"]
+    seen = data.train if data.target is not None else data.nodes(data.train)["x"]  # a target's column included
     others = data.test if data.test is not None else seen[kept]
     if bounds is not None:  # those that meet the conditions, too
         others = others[((others >= bounds[0]) & (others <= bounds[1]) | bounds.isinf().all(0)).all(1)]
