@@ -2,11 +2,12 @@
 
     python benchmarks/single_cell.py DATA.npz [--genes 1200] [--seeds 0 1 2] [--methods AEVB scVI] [--out cells.csv]
 
-DATA is a sparse matrix of counts, as `scipy.sparse.save_npz` writes it, with labels `y` beside it. A fifth of the
-cells, drawn by the seed, is held out; of the others' genes the most variable ones are kept (by the variance of
-log(1 + count), without a look at labels or held-out cells). Both models see the same training cells, and hold a tenth
-of them back by their own defaults. Each contestant runs at its own defaults: `scVI` is scvi-tools' (10 latents, one
-hidden layer of 128, zero-inflated, 400 epochs for few cells); `AEVB` is `aevb train`'s for counts, of the same sizes.
+DATA is a matrix of counts `x` with labels `y`, or a sparse one, as `scipy.sparse.save_npz` writes it, with `y` beside
+it. A fifth of the cells, drawn by the seed, is held out; of the others' genes the most variable ones are kept (by the
+variance of log(1 + count), without a look at labels or held-out cells). Both models see the same training cells, and
+hold a tenth of them back by their own defaults. Each contestant runs at its own defaults: `scVI` is scvi-tools' (10
+latents, one hidden layer of 128, zero-inflated, 400 epochs for few cells); `AEVB` is `aevb train`'s for counts, of the
+same sizes, unless --model and --training say otherwise.
 
 Held-out log-likelihood: both models take a cell's library size, the sum of its counts here, as given, so that figures
 are log p(x | library), nats a cell, with all constants; they compare with each other and not with log p(x). All models
@@ -21,14 +22,17 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor, nn
@@ -45,15 +49,19 @@ class Fitted:
     vae: aevb.VAE
     seconds: float
     own: Callable[[Tensor], float] | None = None  # its own estimate of the mean log-likelihood of some rows
+    validation: float = float("nan")  # the bound of the cells it held back, by which its weights were chosen
 
 
-def by_aevb(train: SparseRows, seed: int) -> Fitted:
-    config = model_config({}, Data(name="cells", train=train))
+def by_aevb(train: SparseRows, seed: int, model: dict[str, Any], training: dict[str, Any]) -> Fitted:
+    config = aevb.TrainConfig(**{"seed": seed} | training)
+    sizes = model_config(model, Data(name="cells", train=train), config)
     torch.manual_seed(seed)
     began = time.monotonic()
-    vae = aevb.build_vae(config, train)
-    aevb.fit(vae, train, aevb.TrainConfig(seed=seed))
-    return Fitted(vae=vae, seconds=time.monotonic() - began)
+    vae = aevb.build_vae(sizes, train)
+    run = aevb.fit(vae, train, config)
+    seconds = time.monotonic() - began
+    bound = max(record["validation"] for record in run.history if "validation" in record)
+    return Fitted(vae=vae, seconds=seconds, validation=bound)
 
 
 class _Encoder(nn.Module):
@@ -111,7 +119,7 @@ def by_scvi(train: SparseRows, seed: int) -> Fitted:
     return Fitted(vae=vae, seconds=seconds, own=own)
 
 
-METHODS: dict[str, Callable[[SparseRows, int], Fitted]] = {"AEVB": by_aevb, "scVI": by_scvi}
+METHODS = ("AEVB", "scVI")
 
 
 def split(rows: SparseRows, genes: int, seed: int) -> tuple[SparseRows, SparseRows, np.ndarray]:
@@ -139,6 +147,7 @@ def judged(fitted: Fitted, train: SparseRows, test: SparseRows, labels: np.ndarr
         "std_error": float(marginal.log_prob.std()) / len(test) ** 0.5,
         "monte_carlo": float(marginal.std_error.square().sum().sqrt()) / len(test),
         "elbo": float(marginal.elbo.mean()),
+        "validation": fitted.validation,
         "untrusted": float((marginal.pareto_k > 0.7).double().mean()),
         "own": fitted.own(test[:]) if fitted.own else float("nan"),
         "ari": float(adjusted_rand_score(labels, clusters)),
@@ -153,16 +162,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--samples", type=int, default=1000)
+    parser.add_argument("--model", type=json.loads, default={}, help="fields of ModelConfig, of AEVB alone")
+    parser.add_argument("--training", type=json.loads, default={}, help="fields of TrainConfig, likewise")
     parser.add_argument("--out", type=Path, default=Path("cells.csv"))
     options = parser.parse_args()
     warnings.filterwarnings("ignore")  # scvi-tools' and Lightning's advice
     data = load(options.data)
-    assert isinstance(data.train, SparseRows)
+    rows = data.train if isinstance(data.train, SparseRows) else SparseRows(csr_array(data.train.numpy()))
     assert data.train_labels is not None, "labels `y` must lie beside the matrix"
     for seed in options.seeds:
-        train, test, order = split(data.train, options.genes, seed)
+        train, test, order = split(rows, options.genes, seed)
         for name in options.methods:
-            figures = judged(METHODS[name](train, seed), train, test, data.train_labels.numpy()[order], options.samples)
+            ours = name == "AEVB"
+            fitted = by_aevb(train, seed, options.model, options.training) if ours else by_scvi(train, seed)
+            figures = judged(fitted, train, test, data.train_labels.numpy()[order], options.samples)
             row = {"method": name, "seed": seed, "genes": train.shape[1], "samples": options.samples, **figures}
             new = not options.out.exists()
             with options.out.open("a", newline="") as file:

@@ -217,10 +217,19 @@ def test_figures_say_what_is_given_and_are_the_librarys(trained: tuple[Path, Pat
 
 def test_codes_are_those_given_the_batch(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, path = trained
-    means = aevb.load(run).vae.posterior(nodes(path))["z"].mean
-    succeed("encode", run, path, "--out", tmp_path / "codes.h5ad")
+    vae, values = aevb.load(run).vae, nodes(path)
+    codes = vae.posterior(values)["z"]
+    succeed("encode", run, path, "--out", tmp_path / "codes.h5ad", "--expected")
     with h5py.File(tmp_path / "codes.h5ad") as file:
-        np.testing.assert_allclose(file["obsm/X_aevb"][()], means, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(file["obsm/X_aevb"][()], codes.mean, rtol=1e-5, atol=1e-6)
+        layer = file["layers/aevb_expected"][()]
+    # Of each entry the mean over draws of z, in the row's own batch and at its own size.
+    known = values | {"z": codes.sample(torch.Size([400]))}
+    known["library"] = vae.computed(values | {"z": codes.mean}, ("z",))["library"]
+    with torch.no_grad():
+        drawn = vae.p.distribution("x", known).mean
+    error = drawn.std(0) * (1 / 25 + 1 / 400) ** 0.5
+    assert ((torch.from_numpy(layer) - drawn.mean(0)).abs() <= 6 * error + 1e-5).all()
 
 
 def test_diagnoses_and_report(trained: tuple[Path, Path]) -> None:

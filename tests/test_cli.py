@@ -29,7 +29,7 @@ from PIL import Image
 from aevb import load
 from aevb.apps.choices import model_config
 from aevb.apps.cli import main
-from aevb.config import InputError, ModelConfig
+from aevb.config import InputError, ModelConfig, TrainConfig
 from aevb.data import Data, SparseRows
 from aevb.data import load as load_data
 
@@ -417,11 +417,20 @@ def test_sizes_of_models_of_cells() -> None:
     assert sizes(_config(cells)) == ("observed", 10, (128,), True)
     assert sizes(_config(cells, library="latent")) == ("latent", 10, (128,), True)
     assert sizes(_config(cells, library="none")) == ("none", 32, (256, 256), False)
-    assert sizes(_config(Data(name="a", train=rows[:]))) == ("none", 32, (256, 256), False)
+    assert sizes(_config(Data(name="a", train=rows[:]), likelihood="negative-binomial")) == (
+        "none", 32, (256, 256), False
+    )  # fmt: skip
+    stored_dense = Data(name="a.h5ad", train=rows[:])
+    assert sizes(_config(stored_dense)) == sizes(_config(cells))
+    holed = rows[:].index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(math.nan))
+    assert sizes(_config(Data(name="a.h5ad", train=holed))) == ("none", 32, (256, 256), False)
     given = {"latents": 32, "hidden": (256, 256), "batch_norm": False}
     assert sizes(_config(cells, **given)) == ("observed", 32, (256, 256), False)
     assert sizes(_config(cells, hidden=())) == ("observed", 10, (), False)
-    assert _config(cells, net="gated").batch_norm is model_config({}, cells, shards=2).batch_norm is False
+    for model, training in (
+        ({"net": "gated"}, {}), ({"prior": "vamp"}, {}), ({}, {"shards": 2}), ({}, {"batch_size": 1}),
+    ):  # fmt: skip
+        assert not model_config(model, cells, TrainConfig(**training)).batch_norm
 
 
 def _read(path: Path) -> np.ndarray:

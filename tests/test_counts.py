@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 from pathlib import Path
 
 import h5py
@@ -11,8 +13,9 @@ import torch
 from scipy import sparse, stats
 
 import aevb
+from aevb.apps.tables.filling import _expectation
 from aevb.config import InputError
-from aevb.data import SparseRows, load, read_rows
+from aevb.data import SparseRows, check_h5ad, load, read_rows, write_h5ad
 from aevb.evaluate.path import Path as Annealing
 from test_cli import refuse, succeed
 
@@ -391,29 +394,44 @@ def test_what_is_expected_of_each_entry_is_a_layer(tmp_path):
         assert file["obsm/X_aevb"].shape == (60, 2)
     assert np.isnan(layer[:, 3]).all()
     np.testing.assert_allclose(np.nansum(layer, 1), np.delete(x, 3, 1).sum(1).clip(1), rtol=1e-4)
-    vae = aevb.load(tmp_path / "run").vae
-    values = {"x": torch.from_numpy(np.delete(x, 3, 1)).float()}
-    posterior, means = vae.posterior(values)["z"], []
-    for _ in range(200):
-        known = values | {"z": posterior.sample()}
-        means.append(vae.p.distribution("x", known | vae.computed(known, ("z",))).mean)
-    drawn = torch.stack(means)
-    error = drawn.std(0) * (1 / 25 + 1 / 200) ** 0.5  # of both means
-    gap = (torch.from_numpy(np.delete(layer, 3, 1)) - drawn.mean(0)) / (error + 1e-4 * drawn.mean(0))
-    # Draws are common to all rows: the gaps of a column are no independent ones.
-    assert gap.abs().max() < 6
     message = refuse("encode", tmp_path / "run", path, "--out", tmp_path / "codes.npy", "--expected")
     assert "`--expected` fills a layer of an .h5ad file" in message
+    again = refuse("encode", tmp_path / "run", tmp_path / "codes.h5ad", "--out", tmp_path / "b.h5ad", "--expected")
+    assert "already; nothing is overwritten" in again
+
+
+def test_an_expectation_is_over_q_and_of_its_own_row_alone():
+    """Of log-rates z ~ N(m, 1) the mean rate is exp(m + 1/2); at the mean of z it would be exp(m)."""
+    wide = 400
+    rate, code = torch.nn.Linear(wide, wide, bias=False), torch.nn.Linear(wide, 2 * wide)
+    with torch.no_grad():
+        rate.weight.copy_(torch.eye(wide))
+        code.weight.copy_(torch.cat([0.1 * torch.eye(wide), torch.zeros(wide, wide)]))
+        code.bias.copy_(torch.tensor([0.0, math.log(math.e - 1)]).repeat_interleave(wide))  # softplus makes 1 of it
+    p = aevb.BayesNet({"z": aevb.StandardNormal(wide), "x | z": aevb.Poisson(rate)})
+    vae = aevb.VAE(p, aevb.BayesNet({"z | x": aevb.DiagonalNormal(code)}))
+    values = {"x": torch.from_numpy(np.random.default_rng(0).poisson(2.0, (5, wide))).float()}
+    with torch.no_grad():
+        found = _expectation(vae, values, vae.posterior(values))
+        ratio = found / (0.1 * values["x"] + 0.5).exp()
+        for row in range(5):
+            alone = {"x": values["x"][row : row + 1]}
+            torch.testing.assert_close(_expectation(vae, alone, vae.posterior(alone))[0], found[row])
+    # exp(e - 1/2) has variance e - 1; noise is common to the rows, so that the columns are the independent draws.
+    error = ((math.e - 1) / (25 * wide)) ** 0.5
+    assert abs(ratio[0].mean() - 1) < 5 * error < 1 - math.exp(-0.5)
 
 
 def test_holes_are_filled_in_a_layer(tmp_path):
+    """X as it was but for its holes: in columns that the model lacks, too, and to the last digit."""
     path = annotated(tmp_path, counts())
-    x = counts().astype(np.float32)
-    x[5, 2] = x[7] = np.nan
+    x = counts().astype(float)
+    x[:, 3], x[2, 0] = 2, 2**24 + 1  # which float32 has not
+    x[5, 2] = x[7, [0, 1, 2, 4, 5, 6, 7]] = np.nan
     with h5py.File(path, "r+") as file:
         del file["X"]
         file["X"] = x
-    succeed("train", path, "--out", tmp_path / "run", *FAST)
+    succeed("train", path, "--out", tmp_path / "run", *FAST, "--drop-constant")
     for more, names in (((), ["aevb_filled"]), (("-m", 2), ["aevb_filled_1", "aevb_filled_2"])):
         out = tmp_path / f"{len(names)}"
         for suffix in (".h5ad", ".npy"):
@@ -422,5 +440,32 @@ def test_holes_are_filled_in_a_layer(tmp_path):
             assert sorted(file["layers"]) == names
             made = np.concatenate([file["layers"][name][()] for name in names])
             np.testing.assert_array_equal(file["X"][()], x)
-        np.testing.assert_array_equal(made, np.load(out.with_suffix(".npy"))[:, -8:])
         assert np.isfinite(made).all()
+        known = np.isfinite(np.tile(x, (len(names), 1)))
+        np.testing.assert_array_equal(made[known], np.tile(x, (len(names), 1))[known])
+        np.testing.assert_array_equal(np.delete(made, 3, 1), np.load(out.with_suffix(".npy"))[:, -7:])
+
+
+def test_a_disk_that_refuses_a_layer_is_no_damaged_file(tmp_path, monkeypatch):
+    path = annotated(tmp_path, counts())
+
+    def refusing(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(h5py.Group, "create_dataset", refusing)
+    with pytest.raises(InputError, match=r"b.h5ad` cannot be written: No space left on device. Free some space."):
+        write_h5ad(path, tmp_path / "b.h5ad", layers={"new": [np.zeros((60, 8))]})
+    assert not list(tmp_path.glob("*b.h5ad*"))
+
+
+def test_layers_are_in_the_columns_of_the_file(tmp_path):
+    path, values = annotated(tmp_path, counts()), np.arange(120.0).reshape(60, 2)
+    for columns, kept, at in ((("gene5", "gene1"), None, [5, 1]), (None, (2, 6), [2, 6])):
+        out = tmp_path / f"{at[0]}.h5ad"
+        write_h5ad(path, out, layers={"new": [values[:50], values[50:]]}, columns=columns, kept=kept)
+        with h5py.File(out) as file:
+            made = file["layers/new"][()]
+        np.testing.assert_array_equal(made[:, at], values)
+        assert np.isnan(np.delete(made, at, 1)).all()
+    with pytest.raises(InputError, match="has no `gene9` among the 8 columns of X, for which its layers are"):
+        check_h5ad(path, layers=["new"], columns=("gene9", "gene1"), features=2)

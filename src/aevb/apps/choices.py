@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aevb.config import InputError, Likelihood, ModelConfig
+from aevb.config import InputError, Likelihood, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from aevb.data import Data
@@ -17,37 +17,39 @@ COUNTS = ("poisson", "negative-binomial", "zero-inflated", "binomial", "beta-bin
 AUTO = {
     "likelihood": "mixed for a table whose columns have names; else counts with a known limit, zeros and ones, bytes "
     "of an image (discretized-logistic), or real values, as the data are",
-    "library": "observed for a sparse matrix, else none",
+    "library": "observed for a sparse matrix or an AnnData file without holes, under one of these two likelihoods, "
+    "else none",
     "net": "convolutional for images of bytes, from 16 pixels a side on, without --hidden or --posterior product; "
     "else plain",
     "latents": "10 with a library, else 32",
     "hidden": "one layer of 128 with a library, else 256 256",
-    "batch_norm": "with a library, where layers are plain and --shards is 1",
+    "batch_norm": "with a library, where hidden layers are plain, the prior is not vamp, and a step sees whole batches "
+    "of several rows (--shards 1)",
 }
 """Fields of `ModelConfig` whose flags are `auto` unless they are given, and what that comes to."""
 
-_OF_CELLS: dict[str, Any] = {"latents": 10, "hidden": (128,), "batch_norm": True}
-"""Sizes of models with a library, whose rows are cells: those of Lopez et al. (2018), which held-out cells prefer."""
+_SIZES: dict[str, Any] = {"latents": 10, "hidden": (128,), "batch_norm": True}
+"""Sizes of models with a library, whose rows are cells: those of Lopez et al. (2018)."""
 
 _LEAST_SIDE = 16
 """Pixels on the shorter side of images that convolutions are taken for unasked."""
 
 
-def model_config(model: dict[str, Any], data: Data, shards: int = 1) -> ModelConfig:
+def model_config(model: dict[str, Any], data: Data, training: TrainConfig | None = None) -> ModelConfig:
     """The flags by name, completed by what the data tell.
 
     Args:
         model: Values of the flags, `auto` among them; each of `AUTO` that is not named is `auto`, others are as in
             `ModelConfig`.
         data: What is to be trained on.
-        shards: Parts that each batch is cut into, none of which knows the statistics of all.
+        training: How; batch-norm needs batches that are whole, and of several rows.
 
     Raises:
         InputError: If flags and data do not go together.
     """
     from aevb.data import SparseRows
 
-    given, sparse = dict.fromkeys(AUTO, "auto") | model, isinstance(data.train, SparseRows)
+    given, training = dict.fromkeys(AUTO, "auto") | model, training or TrainConfig()
     if given["likelihood"] == "auto":
         given["likelihood"] = "mixed" if data.kinds else _likelihood(data)
     if given["likelihood"] in ("binomial", "beta-binomial") and given.get("total_count") is None:
@@ -77,15 +79,23 @@ def model_config(model: dict[str, Any], data: Data, shards: int = 1) -> ModelCon
             )
         given["image"] = (1, *data.image_shape)[-3:]
     if given["library"] == "auto":
-        dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated")
-        given["library"] = "observed" if sparse and dispersed else "none"
+        dispersed = given["likelihood"] in ("negative-binomial", "zero-inflated") and not given.get("holes")
+        given["library"] = "observed" if dispersed and _of_cells(data) else "none"
     given["batches"] = 0 if data.batch is None else len(data.batch)
-    sizes = dict(_OF_CELLS) if given["library"] != "none" else {}
+    sizes = dict(_SIZES) if given["library"] != "none" else {}
     widths = given["hidden"] if given["hidden"] != "auto" else sizes.get("hidden", ModelConfig(features=1).hidden)
-    if given["net"] != "plain" or not widths or shards > 1:
+    fit = given["net"] == "plain" and given.get("prior") != "vamp" and training.shards == 1 < training.batch_size
+    if not (fit and widths):
         sizes.pop("batch_norm", None)
     given = {name: value for name, value in given.items() if value != "auto"}
     return ModelConfig(**sizes | {"features": len(given.get("kinds", ())) or data.features} | given)
+
+
+def _of_cells(data: Data) -> bool:
+    """Whether counts come in a form that counts of cells come in."""
+    from aevb.data import SparseRows
+
+    return isinstance(data.train, SparseRows) or data.name.lower().endswith(".h5ad")
 
 
 def _for_convolutions(given: dict[str, Any], data: Data) -> bool:
@@ -106,7 +116,7 @@ def _likelihood(data: Data) -> Likelihood:
     if isinstance(data.train, SparseRows):
         return "bernoulli" if bool((data.train.stored == 1).all()) else "negative-binomial"
     known = data.train[~data.train.isnan()]
-    if data.name.lower().endswith(".h5ad") and bool(((known >= 0) & (known == known.floor())).all()):
+    if _of_cells(data) and bool(((known >= 0) & (known == known.floor())).all()):
         return "negative-binomial"
     if bool(((known == 0) | (known == 1)).all()):
         return "bernoulli"

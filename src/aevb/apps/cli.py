@@ -310,8 +310,9 @@ def encode(
             .parquet files, which the processes of torchrun or srun share out.
         out: File to write: .npy, .csv or .parquet, .h5ad for one; or a folder for as many files, of which only those
             are made that it lacks.
-        expected: From .h5ad to .h5ad also the layer `aevb_expected`, what the model expects of each entry: the mean of
-            p(x | z) over draws of q(z | x), counts without their noise; NaN in genes that the model does not have.
+        expected: From .h5ad to .h5ad also the layer `aevb_expected`, what the model expects of each entry, at the row's
+            own library size and batch: the mean of p(x | z) over 25 draws of q(z | x), the same for all rows; counts
+            without their noise. As many numbers as X, none of them left out; NaN in genes that --drop-constant dropped.
     """
     from aevb.apps.shards import shared_out
     from aevb.apps.tables import encode_file
@@ -319,10 +320,10 @@ def encode(
 
     found = open_run(run)
     files = shared_out(found, data, out, {"verb": "encode"})
+    if expected and (files is not None or out.suffix.lower() != ".h5ad"):
+        raise InputError(f"`--expected` fills a layer of an .h5ad file; got `{out}`. Write to one, or drop it.")
     if files is None:
         check_destination(out, source=data)
-    if expected and out.suffix.lower() != ".h5ad":
-        raise InputError(f"`--expected` fills a layer of an .h5ad file; got `{out}`. Write to one, or drop it.")
     for source, target in files or [(data, out)]:
         print(encode_file(found, source, target, expected=expected), flush=True)
 
@@ -338,8 +339,8 @@ def impute(
     """Fill in the missing entries of DATA: by their mean given what is observed (categories: the most probable value).
 
     With -m each entry is drawn M times instead, multiple imputations: the tables stand one below another, numbered by
-    the column `imputation`. From .h5ad to .h5ad the file is copied, and what is filled in is the layer `aevb_filled`,
-    or the layers `aevb_filled_1` and so on.
+    the column `imputation`. From .h5ad to .h5ad the file is copied, and X filled in is the layer `aevb_filled`, or the
+    layers `aevb_filled_1` and so on.
 
     Args:
         run: Folder of the run.

@@ -44,7 +44,7 @@ def start(
     check_trackers(trackers)
     _check_devices(devices, nodes, config)
     data = load_data(source)
-    described = model_config(model, data, config.shards)
+    described = model_config(model, data, config)
     processes = launch(devices, nodes)
     before = torch.get_default_dtype()
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from aevb.data.annotated import write_h5ad
+from aevb.data.annotated import check_h5ad, write_h5ad
 from aevb.data.batch import Batch
 from aevb.data.binary import Binarize, Binarized
 from aevb.data.blocks import Blocks, open_array, open_shards
@@ -30,6 +30,7 @@ __all__ = [
     "Target",
     "as_images",
     "check_destination",
+    "check_h5ad",
     "decode",
     "described",
     "encode",

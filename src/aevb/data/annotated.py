@@ -7,10 +7,11 @@ holds the names. Results are appended to a copy of the file: what this module do
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from aevb.config import InputError
 from aevb.data.files import Part, Source, listed, opened, parsing, shown
 from aevb.data.sparse import from_parts
 
-__all__ = ["SUFFIX", "read_h5ad", "write_h5ad"]
+__all__ = ["SUFFIX", "check_h5ad", "read_h5ad", "write_h5ad"]
 
 SUFFIX = ".h5ad"
 _MATRIX = "X"
@@ -141,10 +142,25 @@ def _names(var: Any, where: str) -> tuple[str, ...] | None:
     return names
 
 
+def check_h5ad(
+    source: Path, *, obsm: Sequence[str] = (), obs: Sequence[str] = (), layers: Sequence[str] = (),
+    columns: Sequence[str] | None = None, kept: Sequence[int] | None = None, features: int = 0,
+) -> None:  # fmt: skip
+    """Raise what `write_h5ad` would of results with these names, before they are computed.
+
+    Raises:
+        InputError: So.
+    """
+    with parsing(f"`{source}`", "an AnnData file"), _h5py().File(source, "r") as file:
+        _check_free(file, source, {"obsm": obsm, "obs": obs, "layers": layers})
+        if layers:
+            _places(file, source, columns, kept, features)
+
+
 def write_h5ad(
     source: Path, out: Path, *, obsm: Mapping[str, NDArray[Any]] | None = None,
-    obs: Mapping[str, NDArray[Any]] | None = None, layers: Mapping[str, NDArray[Any]] | None = None,
-    columns: Sequence[str] | None = None, kept: Sequence[int] | None = None,
+    obs: Mapping[str, NDArray[Any]] | None = None, layers: Mapping[str, Sequence[NDArray[Any]]] | None = None,
+    columns: Sequence[str] | None = None, kept: Sequence[int] | None = None, over: str | None = None,
 ) -> None:  # fmt: skip
     """A copy of an AnnData file with results beside what it holds; whole, or not at all.
 
@@ -153,86 +169,116 @@ def write_h5ad(
         out: File to write.
         obsm: Arrays `(N, D)` by name, for `.obsm`.
         obs: Arrays `(N,)` by name, for `.obs`.
-        layers: Arrays `(N, P)` by name, for `.layers`; entries of X in other columns than these P are NaN there.
-        columns: P names of theirs, each found in `.var`; by position where the file names none.
-        kept: P positions in X, where `columns` are not found by name.
+        layers: By name, for `.layers`, arrays `(n, P)` whose rows are those of the file one after another.
+        columns: P names of theirs, each found in `.var`; by position where there are none.
+        kept: P positions among the columns of X, unless it has P.
+        over: Layer whose entries, in columns other than these P, a layer takes over, "" for X; NaN if None.
 
     Raises:
         InputError: If a name is taken, a column is not found, or the disk refuses; nothing is written then.
     """
-    h5py = _h5py()
+    h5py, given = _h5py(), {"obsm": obsm or {}, "obs": obs or {}, "layers": layers or {}}
     partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
         try:
             shutil.copyfile(source, partial)
-            with parsing(f"`{source}`", "an AnnData file"), h5py.File(partial, "r+") as file:
-                wide = {name: _widened(file, source, values, columns, kept) for name, values in (layers or {}).items()}
-                _append(file, source, {"obsm": dict(obsm or {}), "layers": wide, "obs": dict(obs or {})})
+            with contextlib.ExitStack() as open_files:
+                with parsing(f"`{source}`", "an AnnData file"):
+                    file = open_files.enter_context(h5py.File(partial, "r+"))
+                    _check_free(file, source, given)
+                    wide = next((parts[0].shape[1] for parts in (layers or {}).values()), 0)
+                    at, width = _places(file, source, columns, kept, wide) if layers else ([], 0)
+                for name, parts in (layers or {}).items():
+                    _write_layer(_group(file, "layers"), name, parts, at, width, None if over is None else _home(over))
+                for name, values in (obsm or {}).items():
+                    _encoded(_group(file, "obsm").create_dataset(name, data=values), "array", "0.2.0")
+                _write_obs(file["obs"], obs or {})
             with open(partial, "rb+") as written:
                 os.fsync(written.fileno())
             os.rename(partial, out)
-        except OSError as error:
-            raise InputError(f"`{out}` cannot be written: {error.strerror or error}. Free some space.") from error
+        except (OSError, RuntimeError) as error:  # HDF5 has the latter where the disk is full as a file is closed
+            told = getattr(error, "strerror", None) or error
+            raise InputError(f"`{out}` cannot be written: {told}. Free some space.") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _widened(
-    file: Any, source: Path, values: NDArray[Any], columns: Sequence[str] | None, kept: Sequence[int] | None
-) -> NDArray[Any]:
-    """Values `(N, P)` in the columns of X."""
-    names = _names(file["var"], f"`{source}`")
-    stored = file[_MATRIX]
-    width = int((_shape_of(stored) if hasattr(stored, "keys") else stored.shape)[1])
-    if columns is not None and names is not None:
-        place = {name: at for at, name in enumerate(names)}
-        if lost := [name for name in columns if name not in place]:
-            raise InputError(
-                f"`{source}` has a layer for the columns of X alone, among which there is no {listed(lost)}. Write the "
-                "figures to another kind of file."
-            )
-        at = [place[name] for name in columns]
-    else:
-        at = list(range(values.shape[1]) if kept is None else kept)
-    made = np.full((len(values), width), np.nan, dtype=np.float32)
-    made[:, at] = values
-    return made
+def _home(layer: str) -> str:
+    return f"layers/{layer}" if layer else _MATRIX
 
 
-def _append(file: Any, source: Path, results: dict[str, dict[str, NDArray[Any]]]) -> None:
-    table = file["obs"]
-    if "column-order" not in getattr(table, "attrs", {}):
+def _check_free(file: Any, source: Path, names: Mapping[str, Iterable[str]]) -> None:
+    """Raise if results of these names cannot be added."""
+    if "column-order" not in getattr(file["obs"], "attrs", {}):
         raise InputError(
             f"`{source}` is of the time before AnnData 0.7, to which nothing can be added. Read and write it with a "
             "newer AnnData first."
         )
-    rows = len(_names_of_rows(table))
-    for kind, given in results.items():
-        for name, values in given.items():
+    for kind, given in names.items():
+        for name in given:
             if kind in file and name in file[kind]:
                 raise InputError(
                     f"`{source}` has .{kind}['{name}'] already; nothing is overwritten unasked. Take it out first, or "
                     "start from the file without it."
                 )
-            assert len(values) == rows, f"{len(values)} results for {rows} rows"
-    for kind in ("obsm", "layers"):
-        if kind not in file:
-            _encoded(file.create_group(kind), "dict", "0.1.0")
-        for name, values in results[kind].items():
-            _encoded(file[kind].create_dataset(name, data=values), "array", "0.2.0")
-    obs = results["obs"]
+
+
+def _places(
+    file: Any, source: Path, columns: Sequence[str] | None, kept: Sequence[int] | None, features: int
+) -> tuple[list[int], int]:
+    """Where the P columns of results stand among those of a layer, which has a column for each name of `var`."""
+    names = _names(file["var"], f"`{source}`")
+    assert names is not None  # files that have none are of an older form, to which nothing is added
+    if columns is None:
+        at = list(range(features)) if len(names) == features or kept is None else list(kept)
+        lost = [f"column {j}" for j in at if j >= len(names)]
+    else:
+        place = {name: at for at, name in enumerate(names)}
+        lost = [name for name in columns if name not in place]
+        at = [place[name] for name in columns if name in place]
+    if lost:
+        raise InputError(
+            f"`{source}` has no {listed(lost)} among the {len(names)} columns of X, for which its layers are, and the "
+            "model was trained on more (as `raw` has). Write what it tells to another kind of file, or train on X."
+        )
+    return at, len(names)
+
+
+_ROWS = 1024
+"""Rows of a layer that are written together."""
+
+
+def _write_layer(
+    home: Any, name: str, parts: Sequence[NDArray[Any]], at: list[int], width: int, over: str | None
+) -> None:
+    """Rows `(n, P)` as rows of the full width, some at a time: all of them may be most of the memory."""
+    made = home.create_dataset(name, (sum(map(len, parts)), width), parts[0].dtype)
+    _encoded(made, "array", "0.2.0")
+    done = 0
+    for part in parts:
+        for start in range(0, len(part), _ROWS):
+            values = part[start : start + _ROWS]
+            rows = slice(done, done + len(values))
+            block = np.full((len(values), width), np.nan, made.dtype)
+            if over is not None:
+                block[:] = home.file[over][rows]
+            block[:, at] = values
+            made[rows] = block
+            done += len(values)
+
+
+def _write_obs(table: Any, obs: Mapping[str, NDArray[Any]]) -> None:
     for name, values in obs.items():
         _encoded(table.create_dataset(name, data=values), "array", "0.2.0")
     if obs:
-        import h5py
-
         order = [*map(_text, table.attrs["column-order"])]
-        table.attrs.create("column-order", np.array([*order, *obs], dtype=object), dtype=h5py.string_dtype())
+        table.attrs.create("column-order", np.array([*order, *obs], dtype=object), dtype=_h5py().string_dtype())
 
 
-def _names_of_rows(table: Any) -> Any:
-    stored = table[table.attrs["_index"]]
-    return stored["values"] if hasattr(stored, "keys") else stored
+def _group(file: Any, kind: str) -> Any:
+    if kind not in file:
+        _encoded(file.create_group(kind), "dict", "0.1.0")
+    return file[kind]
 
 
 def _encoded(made: Any, form: str, version: str) -> None:

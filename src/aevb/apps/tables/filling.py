@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aevb.apps.runs import in_parts, rows_of_file, schema_of, target_of, values_of
 from aevb.apps.tables.predicting import filled, moments_of_codes, told
@@ -18,18 +18,19 @@ if TYPE_CHECKING:
     import torch.distributions as td
     from torch import Tensor
 
+    from aevb.bayesnet import VAE
     from aevb.checkpoint import Run
 
 __all__ = ["encode_file", "impute_file"]
 
 
 _SET = "imputation"
-_DRAWS = 1000
-"""Draws behind the moments of a posterior that has none in closed form."""
+_EXPECTED, _FILLED = "aevb_expected", "aevb_filled"
+"""Layers of an AnnData file."""
+_DRAWS, _AVERAGED = 1000, 25
+"""Draws of z behind the moments of a posterior that has none in closed form, and behind what is expected of a row."""
 _TOGETHER = 256
 """Rows that are encoded together: of each there may be so many draws."""
-_EXPECTED, _FILLED, _AVERAGED = "aevb_expected", "aevb_filled", 25
-"""Layers of an AnnData file; draws of z that an expectation is the mean over."""
 
 
 def encode_file(run: Run, path: str, out: Path, *, expected: bool = False) -> str:
@@ -40,24 +41,30 @@ def encode_file(run: Run, path: str, out: Path, *, expected: bool = False) -> st
     import torch
 
     from aevb.bounds import evaluating, prepare
-    from aevb.data import write_h5ad, write_rows
+    from aevb.data import check_h5ad, write_h5ad, write_rows
 
-    target = target_of(run)
+    target, means = target_of(run), list[Any]()
+    where = {name: run.data[name] for name in ("columns", "kept")}
+    if expected and run.vae.config is not None and run.vae.config.likelihood == "autoregressive":
+        raise InputError("`--expected` takes the mean of p(x | z), which an autoregressive one lacks. Drop it.")
+    if out.suffix.lower() == ".h5ad":
+        layers = [_EXPECTED] if expected else []
+        check_h5ad(Path(path), obsm=["X_aevb"], layers=layers, **where, features=run.data["features"])
 
     def look(rows: Tensor) -> dict[str, dict[str, Tensor]]:
         inside = prepare(run.vae, values_of(run, rows))
         if target is not None:
             return {"z": moments_of_codes(run, inside, _moments)}
         found = run.vae.posterior(inside)
-        moments = {node: _moments(d) for node, d in found.items()}
-        return moments | ({_EXPECTED: {"mean": _expectation(run, inside, found)}} if expected else {})
+        if expected:
+            means.append(_expectation(run.vae, inside, found).numpy())
+        return {node: _moments(d) for node, d in found.items()}
 
     with evaluating(run.vae):
         values = rows_of_file(run, path)
         if isinstance(values, torch.Tensor):  # as a whole: what is wrong is told by its place in the file
             values = values.to(prepare(run.vae, values_of(run, values))["x"])
         codes = in_parts(values, look, together=_TOGETHER)
-    layer = {_EXPECTED: codes.pop(_EXPECTED)["mean"].numpy()} if expected else {}
     parts = {(node, name): value for node, found in codes.items() for name, value in found.items()}
     rows = len(next(iter(parts.values())))
     if out.suffix.lower() == ".h5ad":
@@ -65,14 +72,14 @@ def encode_file(run: Run, path: str, out: Path, *, expected: bool = False) -> st
             "X_aevb" + ("" if node == "z" else f"_{node}") + ("_std" if name == "std" else ""): value.numpy()
             for (node, name), value in parts.items()
         }
-        write_h5ad(Path(path), out, obsm=obsm, layers=layer, columns=run.data["columns"], kept=run.data["kept"])
-        return f"{rows} rows, {', '.join([*obsm, *(f'layer {name}' for name in layer)])} written to {out}"
+        write_h5ad(Path(path), out, obsm=obsm, layers=dict.fromkeys(layers, means), **where)
+        return f"{rows} rows, {', '.join([*obsm, *(f'layer {name}' for name in layers)])} written to {out}"
     columns = [f"{node}{j + 1}_{name}" for (node, name), value in parts.items() for j in range(value.shape[1])]
     write_rows(out, torch.cat(list(parts.values()), 1).numpy(), columns)
     return f"{rows} rows, {len(columns)} columns written to {out}"
 
 
-def _expectation(run: Run, inside: Mapping[str, Tensor], found: Mapping[str, td.Distribution]) -> Tensor:
+def _expectation(vae: VAE, inside: Mapping[str, Tensor], found: Mapping[str, td.Distribution]) -> Tensor:
     """E[x] of new rows with the codes of these, `(N, P)`: the mean of p(x | z), averaged over draws of q(z | x)."""
     import torch
 
@@ -82,11 +89,10 @@ def _expectation(run: Run, inside: Mapping[str, Tensor], found: Mapping[str, td.
     total = torch.zeros_like(inside["x"])
     for _ in range(_AVERAGED):
         known = dict(inside)
-        for node, d in found.items():  # noise common to all rows, so that a row's figures depend on no other
-            noise = torch.randn(1, *d.event_shape, generator=generator).to(total)
-            known[node] = draw(d, d.batch_shape, Given([noise]))
-        d = run.vae.p.distribution("x", known | run.vae.computed(known, tuple(found)))
-        total += d.mean
+        for node, q in found.items():  # noise common to all rows, so that a row's figures depend on no other
+            noise = torch.randn(1, *q.event_shape, generator=generator).to(total)
+            known[node] = draw(q, q.batch_shape, Given([noise]))
+        total += vae.p.distribution("x", known | vae.computed(known, tuple(found))).mean
     return total / _AVERAGED
 
 
@@ -109,8 +115,12 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     """Fill in the holes of a file, which has some unless it may be `whole`; tells what was done in one line."""
     import torch
 
+    from aevb.data import check_h5ad
     from aevb.evaluate import impute
 
+    if out.suffix.lower() == ".h5ad":
+        names, where = _layers(bool(draws), max(1, draws)), {name: run.data[name] for name in ("columns", "kept")}
+        check_h5ad(Path(path), layers=names, **where, features=run.data["features"])
     rows = rows_of_file(run, path)
     holes = int(rows.isnan().sum()) if isinstance(rows, torch.Tensor) and rows.is_floating_point() else 0
     if not isinstance(rows, torch.Tensor) or not (holes or whole):
@@ -143,6 +153,10 @@ def impute_file(run: Run, path: str, out: Path, *, draws: int, samples: int, see
     return "; ".join(notes)
 
 
+def _layers(several: bool, sets: int) -> list[str]:
+    return [f"{_FILLED}_{i + 1}" for i in range(sets)] if several else [_FILLED]
+
+
 def _write_imputed(
     run: Run, path: str, out: Path, sets: list[Tensor], several: bool, sure: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -156,9 +170,9 @@ def _write_imputed(
 
     schema = schema_of(run)
     if out.suffix.lower() == ".h5ad":
-        names = [f"{_FILLED}_{i + 1}" for i in range(len(sets))] if several else [_FILLED]
-        layers = {name: each.numpy() for name, each in zip(names, sets, strict=True)}
-        write_h5ad(Path(path), out, layers=layers, columns=run.data["columns"], kept=run.data["kept"])
+        layers = {name: [each.numpy()] for name, each in zip(_layers(several, len(sets)), sets, strict=True)}
+        layer = run.data["command"].get("layer", "")
+        write_h5ad(Path(path), out, layers=layers, columns=run.data["columns"], kept=run.data["kept"], over=layer)
         return
     if schema is None:
         columns = list(run.data.get("columns") or [f"x{j + 1}" for j in range(sets[0].shape[1])])
