@@ -169,14 +169,20 @@ def test_the_density_given_the_library_is_that_of_its_negative_binomials(likelih
         np.testing.assert_allclose(out[:, :3].softmax(-1).sum(-1).numpy(), 1.0)
 
 
-def test_an_observed_library_is_the_sum_of_the_row_everywhere():
-    """The bound with library computed by q is the bound with the same library given as context."""
+def computed_and_given() -> tuple[aevb.VAE, aevb.VAE, dict[str, torch.Tensor]]:
+    """A model whose library q computes, the same one that is given it, and values for the latter."""
     torch.manual_seed(0)
     x = torch.from_numpy(counts(6)).float()
     config = aevb.ModelConfig(features=8, likelihood="negative-binomial", library="observed", latents=2, hidden=(4,))
     vae = aevb.build_vae(config, x)
     given = aevb.VAE(vae.p, aevb.BayesNet({"z | x": vae.q.conditional("z")}), given="library")
-    values = {"x": x, "library": x.sum(1, keepdim=True).clamp(min=1).log()}
+    return vae, given, {"x": x, "library": x.sum(1, keepdim=True).clamp(min=1).log()}
+
+
+def test_an_observed_library_is_the_sum_of_the_row_everywhere():
+    """The bound with library computed by q is the bound with the same library given as context."""
+    vae, given, values = computed_and_given()
+    x = values["x"]
     figures = []
     for model, seen in ((vae, {"x": x}), (given, values)):
         torch.manual_seed(1)
@@ -191,12 +197,8 @@ def test_an_observed_library_is_the_sum_of_the_row_everywhere():
 
 def test_annealing_knows_what_q_computes_of_the_row():
     """log p(x, z | library) along the path is that with the same library given as context."""
-    torch.manual_seed(0)
-    x = torch.from_numpy(counts(6)).float()
-    config = aevb.ModelConfig(features=8, likelihood="negative-binomial", library="observed", latents=2, hidden=(4,))
-    vae = aevb.build_vae(config, x)
-    given = aevb.VAE(vae.p, aevb.BayesNet({"z | x": vae.q.conditional("z")}), given="library")
-    values = {"x": x, "library": x.sum(1, keepdim=True).clamp(min=1).log()}
+    vae, given, values = computed_and_given()
+    x = values["x"]
     u = torch.randn(3, 6, 2)
     with torch.no_grad():
         own, told = (Annealing(v, seen, {"z": u.shape[2:]}, "prior") for v, seen in ((vae, {"x": x}), (given, values)))
@@ -396,6 +398,8 @@ def test_what_is_expected_of_each_entry_is_a_layer(tmp_path):
     np.testing.assert_allclose(np.nansum(layer, 1), np.delete(x, 3, 1).sum(1).clip(1), rtol=1e-4)
     message = refuse("encode", tmp_path / "run", path, "--out", tmp_path / "codes.npy", "--expected")
     assert "`--expected` fills a layer of an .h5ad file" in message
+    missing = refuse("encode", tmp_path / "run", tmp_path / "none.h5ad", "--out", tmp_path / "b.h5ad")
+    assert "damaged" not in missing
     again = refuse("encode", tmp_path / "run", tmp_path / "codes.h5ad", "--out", tmp_path / "b.h5ad", "--expected")
     assert "already; nothing is overwritten" in again
 

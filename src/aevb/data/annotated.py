@@ -151,6 +151,8 @@ def check_h5ad(
     Raises:
         InputError: So.
     """
+    with opened(source):
+        pass
     with parsing(f"`{source}`", "an AnnData file"), _h5py().File(source, "r") as file:
         _check_free(file, source, {"obsm": obsm, "obs": obs, "layers": layers})
         if layers:
