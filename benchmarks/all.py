@@ -17,7 +17,7 @@ from results import FOLDER, read
 
 HERE = Path(__file__).parent
 QUICK = {
-    "train_step": ["--rounds", "1", "--steps", "20", "--rows", "2000", "--batches", "100", "--nets", "784-400-z20"],
+    "train_step": ["--rounds", "1", "--turn", "2000", "--rows", "2000", "--batches", "100", "--nets", "784-400-z20"],
     "matmul_share": ["--rounds", "1", "--steps", "20", "--batches", "100"],
     "scaling": ["--rounds", "1", "--steps", "10", "--axes", "batch", "layers"],
     "footprint": ["--rows", "10000", "20000", "--steps", "5"],

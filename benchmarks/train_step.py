@@ -60,7 +60,7 @@ def compare(setting: Setting, rounds: int, steps: int, jax: str, cpu_time: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="at least so many a turn")
+    parser.add_argument("--turn", type=int, default=40_000, help="at least so many examples a turn")
     parser.add_argument("--batches", type=int, nargs="+", default=[20, 100, 500, 2000])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--rows", type=int, default=20_000)
@@ -80,7 +80,7 @@ def main() -> None:
                     contestant="", batch=batch, rows=options.rows, precision=precision, threads=options.threads,
                     **NETS[net],
                 )  # fmt: skip
-                found = compare(setting, options.rounds, options.steps, options.jax, options.cpu_time)
+                found = compare(setting, options.rounds, -(-options.turn // batch), options.jax, options.cpu_time)
                 rows += [{"net": net} | row for row in found]
     if precisions == ["float32"]:
         print("bfloat16 left out: this processor has no units for it")

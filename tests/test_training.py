@@ -367,6 +367,18 @@ def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -
         assert ours["bound"] == pytest.approx(theirs["bound"], rel=1e-3)
 
 
+def test_compiled_steps_in_bfloat16_are_off_by_rounding_alone() -> None:
+    """Where the processor has units for it, results of products are rounded as well; elsewhere nothing is."""
+    config = TrainConfig(steps=200, batch_size=50, learning_rate=1e-2, samples=20, log_every=50, seed=1)
+    bounds = []
+    for compile, precision in ((False, "float32"), (True, "bfloat16")):
+        told = dataclasses.replace(config, compile=compile, precision=precision)
+        run = aevb.fit(_model(likelihood="bernoulli"), {"x": (_rows() > 0).float()}, told)
+        bounds.append([record["bound"] for record in run.history if "bound" in record])
+        assert {p.dtype for p in run.vae.parameters()} == {torch.float32}
+    assert bounds[1] == pytest.approx(bounds[0], rel=2e-4)
+
+
 def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) -> None:
     """One model with all of it: labels in some rows, a ladder's level with batch-norm, sticking the landing.
 

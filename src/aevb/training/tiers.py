@@ -83,12 +83,14 @@ class Tiers:
 
     def _prepare(self) -> None:
         self.step.update = update_traced if self.tier == "whole" else update_eagerly
-        if self.tier == "whole":  # draws come from torch's own generator, so that they are those of eager
+        # Draws come from torch's own generator, so that they are those of eager.
+        how: dict[str, Any] = {"precision": self.precision, "rounded": True, "fallback_random": True}
+        if self.tier == "whole":
             # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
-            asserts = {"size_asserts": False, "alignment_asserts": False}
-            self.run = compiled(self.step.__call__, precision=self.precision, fallback_random=True, **asserts)
+            asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
+            self.run = compiled(self.step.__call__, **how, **asserts)
         elif self.tier == "loss":
-            loss = compiled(self.step.look, whole=False, precision=self.precision, fallback_random=True)
+            loss = compiled(self.step.look, whole=False, **how)
 
             def run(values: dict[str, Tensor], rate: Tensor, weight: Tensor) -> None:
                 value, means = loss(values, weight)
