@@ -60,7 +60,7 @@ def compare(setting: Setting, rounds: int, steps: int, jax: str, cpu_time: bool)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--turn", type=int, default=40_000, help="at least so many examples a turn")
+    parser.add_argument("--turn", type=int, default=20_000, help="at least so many examples a turn")
     parser.add_argument("--batches", type=int, nargs="+", default=[20, 100, 500, 2000])
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--rows", type=int, default=20_000)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import aevb
 from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
 from aevb._compiler import can_compile
-from aevb.training import OBJECTIVES, tiers
+from aevb.training import OBJECTIVES
 from aevb.training.loop import _Trainer
 from aevb.training.schedules import kl_weight, learning_rate
 from aevb.training.step import Step
@@ -354,10 +354,13 @@ def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -
     config = {"steps": 25, "batch_size": 20, "kl_warmup_steps": 10, "clip_norm": 10.0, "log_every": 5, "samples": 2}
     config["warmup_steps"] = 3
     torch._dynamo.utils.counters.clear()
+    see, seen = Tiers._see, []
+    monkeypatch.setattr(Tiers, "_see", lambda self, *graph: (seen.append(1), see(self, *graph)))
     runs = [
         aevb.fit(_model(**model), {"x": x}, TrainConfig(**config, compile=compile), **more) for compile in (False, True)
     ]
     reason = can_compile()  # None where there is a compiler
+    assert len(seen) == (5 if reason is None else 0)  # each record's first step has its graph shown; four repeat it
     # One graph serves a run: rate and KL weight change each step, and the rows are no multiple of 20.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if reason is None else 0)
     assert ("eagerly" in caplog.text) == (reason is not None)
@@ -414,26 +417,35 @@ def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) ->
 
 def test_guards_are_left_out_only_where_nothing_can_have_changed(monkeypatch) -> None:
     """All of them hold at the first step, after a validation or a record, and for a batch of another form."""
-    unguarded, entered = tiers._unguarded, []
-    monkeypatch.setattr(tiers, "_unguarded", lambda: (entered.append(True), unguarded())[1])
     model = _model()
     config = TrainConfig(compile=True)
     inner = Step(model, "elbo", OptimizerState.start(list(model.parameters()), config, []), config, (), 64)
     runner = Tiers(inner, config, "whole", torch.device("cpu"))
-    runner.run = lambda *_: None
+    taken: list[Tensor] = []
 
-    def unguarded_steps(*batches: torch.Tensor) -> int:
-        before = len(entered)
+    def guarded(values: dict[str, Tensor], rate: Tensor, weight: Tensor) -> None:
+        runner._see(lambda rate, x: taken.append(x), [rate, *values.values()])
+        taken.append(values["x"])
+        steps.append("guarded")
+
+    def took(*batches: Tensor) -> int:
+        steps.clear(), taken.clear()
         for batch in batches:
             runner._take({"x": batch}, 1e-3, 1.0)
-        return len(entered) - before
+        assert all(ours is theirs for ours, theirs in zip(taken, batches, strict=True))
+        return len(batches) - len(steps)
 
+    steps: list[str] = []
+    runner.run = guarded
     x = torch.zeros(20, 5)
-    assert unguarded_steps(x, x, x) == 2
+    assert took(x, x + 1, x + 2) == 2
     runner.look_again()
-    assert unguarded_steps(x, x) == 1
-    assert unguarded_steps(x[:10], x[:10].to(torch.uint8), x) == 0
-    monkeypatch.undo()
+    assert took(x, x.clone()) == 1
+    assert took(x[:10], x[:10].to(torch.uint8), x, torch.zeros(5, 20).T, x) == 0
+    runner.run = lambda values, rate, weight: runner._see(taken.append, list(values.values()))
+    runner.look_again()
+    runner._take({"x": x, "y": x}, 1e-3, 1.0)
+    assert runner.again is None  # one tensor twice
 
     calls: list[int] = []
     monkeypatch.setattr(Tiers, "look_again", lambda self: calls.append(1))

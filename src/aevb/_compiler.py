@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -38,21 +38,42 @@ def compiled(
     whole: bool = True,
     precision: Precision = "float32",
     rounded: bool = False,
+    seen: Callable[[Callable[..., Any], list[Any]], None] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """A function compiled at its first call, for inputs of one size; `options` are inductor's.
 
     It is one graph or, unless `whole`, several, with what cannot be compiled run between them. `precision` is that of
-    the `products` within which it is called; in bfloat16 and `rounded`, the products' results have it, too.
+    the `products` within which it is called; in bfloat16 and `rounded`, the products' results have it, too. `seen` is
+    handed each graph that changes its inputs in place and returns nothing, and these, before it runs.
     """
     # tanh x = 2 / (1 + exp(-2 x)) - 1, right to 2e-7: a third of the time of the library's, right to the last digit.
     options = {"cpp.use_decompose_tanh": True} | options
     if precision == "bfloat16":
         options["post_grad_custom_post_pass"] = _rewriting(rounded and _has_bfloat16())
-    graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        function, fullgraph=whole, dynamic=False, options=options, recompile_limit=_VERSIONS
-    )
+    how: dict[str, Any] = {"fullgraph": whole, "dynamic": False, "recompile_limit": _VERSIONS}
+    how |= {"options": options} if seen is None else {"backend": _showing(seen, options)}
+    graph: Callable[..., Any] = torch.compile(function, **how)
     return graph
+
+
+def _showing(seen: Callable[[Callable[..., Any], list[Any]], None], options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor, as dynamo takes it, with each run of a graph that returns nothing announced."""
+
+    def backend(traced: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        from torch._inductor.compile_fx import compile_fx
+
+        graph = cast("Callable[..., Any]", compile_fx(traced, examples, config_patches=options))
+        if traced.graph.output_node().args[0]:
+            return graph
+
+        def run(*inputs: Any) -> Any:
+            seen(graph, list(inputs))
+            return graph(*inputs)
+
+        return run
+
+    return backend
 
 
 def _has_bfloat16() -> bool:

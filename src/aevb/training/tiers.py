@@ -47,7 +47,9 @@ class Tiers:
         self.step, self.tier, self.asked, self.precision = step, tier, config.compile is True, config.precision
         self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.run: Callable[..., None] = step
-        self.guarded: object = None  # names, shapes and types of a batch for which all of dynamo's guards have held
+        self.known: object = None  # the form of a batch for which all of dynamo's guards have held
+        self.again: Callable[[dict[str, Tensor]], None] | None = None  # the graph that then ran
+        self.values: dict[str, Tensor] = {}  # that batch
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -62,7 +64,7 @@ class Tiers:
 
     def look_again(self) -> None:
         """Evaluate all guards at the next step, since other code has run that could have changed the model."""
-        self.guarded = None
+        self.known = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
@@ -88,7 +90,7 @@ class Tiers:
         if self.tier == "whole":
             # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
             asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
-            self.run = compiled(self.step.__call__, **how, **asserts)
+            self.run = compiled(self.step.__call__, seen=self._see, **how, **asserts)
         elif self.tier == "loss":
             loss = compiled(self.step.look, whole=False, **how)
 
@@ -106,13 +108,14 @@ class Tiers:
         while self.tier != "eager":
             self.rate.fill_(rate)  # numbers that change would be compiled anew
             self.weight.fill_(weight)
-            form = [(name, value.shape, value.dtype) for name, value in values.items()]
+            form = [(name, value.shape, value.stride(), value.dtype) for name, value in values.items()]
+            if form == self.known and self.again is not None:
+                self.again(values)
+                return
+            self.values, self.again = values, None
             try:
-                # Guards on every attribute of every module take a twentieth of a step, and nothing but the batch can
-                # have changed since the last one.
-                with _unguarded() if self.tier == "whole" and form == self.guarded else contextlib.nullcontext():
-                    self.run(values, self.rate, self.weight)
-                self.guarded = form
+                self.run(values, self.rate, self.weight)
+                self.known = form
                 return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # raised before anything of the graph has run
@@ -120,13 +123,25 @@ class Tiers:
                 self._prepare()
         self.step(values, rate, weight)
 
+    def _see(self, graph: Callable[..., Any], inputs: list[Any]) -> None:
+        """Keep what runs, to be run again without what dynamo does around it.
+
+        Guards on every attribute of every module and the search for the inputs take a twentieth of a step of a batch of
+        100, and nothing but the batch can have changed since the last one.
+        """
+        values = self.values
+        if len({id(value) for value in values.values()}) < len(values):
+            return  # twice in the batch, a tensor is once in the graph, and the next batch may have two
+        places = [(i, name) for i, x in enumerate(inputs) for name, value in values.items() if x is value]
+
+        def again(values: dict[str, Tensor]) -> None:
+            for place, name in places:
+                inputs[place] = values[name]
+            graph(*inputs)
+
+        self.again = again
+
     def _fall(self, tier: Tier, reason: str) -> None:
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
-
-
-def _unguarded() -> contextlib.AbstractContextManager[Any]:
-    """Within it, compiled functions evaluate only the guards that tell their versions apart."""
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-    return stance
