@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 
 from aevb.config import Precision
 
-__all__ = ["can_compile", "compiled", "products"]
+__all__ = ["can_compile", "compiled", "products", "seeing"]
 
 _VERSIONS = 256
 """Compiled versions of one function that a process keeps, one for each kind of model: torch's own limit is 8, and the
@@ -38,37 +39,55 @@ def compiled(
     whole: bool = True,
     precision: Precision = "float32",
     rounded: bool = False,
-    seen: Callable[[Callable[..., Any], list[Any]], None] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
     """A function compiled at its first call, for inputs of one size; `options` are inductor's.
 
     It is one graph or, unless `whole`, several, with what cannot be compiled run between them. `precision` is that of
-    the `products` within which it is called; in bfloat16 and `rounded`, the products' results have it, too. `seen` is
-    handed each graph that changes its inputs in place and returns nothing, and these, before it runs.
+    the `products` within which it is called; in bfloat16 and `rounded`, the products' results have it, too.
     """
     # tanh x = 2 / (1 + exp(-2 x)) - 1, right to 2e-7: a third of the time of the library's, right to the last digit.
     options = {"cpp.use_decompose_tanh": True} | options
     if precision == "bfloat16":
         options["post_grad_custom_post_pass"] = _rewriting(rounded and _has_bfloat16())
-    how: dict[str, Any] = {"fullgraph": whole, "dynamic": False, "recompile_limit": _VERSIONS}
-    how |= {"options": options} if seen is None else {"backend": _showing(seen, options)}
-    graph: Callable[..., Any] = torch.compile(function, **how)
+    backend = _inductor(tuple(sorted(options.items())))
+    graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
+        function, fullgraph=whole, dynamic=False, backend=backend, recompile_limit=_VERSIONS
+    )
     return graph
 
 
-def _showing(seen: Callable[[Callable[..., Any], list[Any]], None], options: dict[str, Any]) -> Callable[..., Any]:
-    """Inductor, as dynamo takes it, with each run of a graph that returns nothing announced."""
+_Seen = Callable[[Callable[..., Any], list[Any]], None]
+_SEEN: ContextVar[_Seen | None] = ContextVar("seen", default=None)
+
+
+@contextlib.contextmanager
+def seeing(seen: _Seen) -> Iterator[None]:
+    """Within it, `seen` is handed each compiled graph with its inputs before it runs.
+
+    Only one that returns nothing: of one that returns tensors, attributes are set afterwards.
+    """
+    token = _SEEN.set(seen)
+    try:
+        yield
+    finally:
+        _SEEN.reset(token)
+
+
+@functools.cache
+def _inductor(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
+    """Inductor with options, as dynamo takes it: it tells compiled code apart by it, and keeps it for good."""
 
     def backend(traced: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
-        graph = cast("Callable[..., Any]", compile_fx(traced, examples, config_patches=options))
+        graph = cast("Callable[..., Any]", compile_fx(traced, examples, config_patches=dict(options)))
         if traced.graph.output_node().args[0]:
             return graph
 
         def run(*inputs: Any) -> Any:
-            seen(graph, list(inputs))
+            if (seen := _SEEN.get()) is not None:
+                seen(graph, list(inputs))
             return graph(*inputs)
 
         return run
@@ -84,7 +103,7 @@ def _has_bfloat16() -> bool:
 @functools.cache
 def _rewriting(rounded: bool) -> Any:
     """What is changed in a graph whose products are of bfloat16, as inductor takes it."""
-    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
     class Rewriting(CustomGraphPass):
         def __call__(self, graph: torch.fx.Graph) -> None:
@@ -92,8 +111,8 @@ def _rewriting(rounded: bool) -> Any:
             if rounded:
                 round_products(graph)
 
-        def uuid(self) -> str:
-            return f"aevb bfloat16 2, rounded {rounded}"
+        def uuid(self) -> Any:  # names the graphs that are cached on disk
+            return get_hash_for_files((__file__,), f"rounded {rounded}")
 
     return Rewriting()
 
@@ -121,10 +140,11 @@ def bias_apart(graph: torch.fx.Graph) -> None:
 
 
 def round_products(graph: torch.fx.Graph) -> None:
-    """Round the factors of each product to bfloat16 once, in the kernel that makes them, and the product.
+    """Round the factors of each float32 product of two matrices to bfloat16 once, where they are made, and the product.
 
-    oneDNN rounds float32 factors anew in each product, a weight's twice a step, and the activations'. Of a result
-    that is bfloat16 half as much is written and read.
+    oneDNN rounds float32 factors anew in each product: a weight, and what a layer is given, twice a step. Of a result
+    that is bfloat16 half as much is written and read. Processors only; products of batches of matrices and convolutions
+    stay.
     """
     aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
     found: dict[torch.fx.Node, torch.fx.Node] = {}

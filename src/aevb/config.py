@@ -394,8 +394,8 @@ class TrainConfig(_Checked):
     """Compile the update (bound, gradient, clipping, optimizer, averaging) into one program, or, where a net does not
     allow it, the loss alone. auto: where the steps and the size of the model promise more than two minutes."""
     precision: Precision = "float32"
-    """Of matrix products, in a compiled step on a processor of their results, too; bfloat16 has effect where the
-    processor or GPU has units for it. Weights, log-densities and KLs are float32 either way."""
+    """Of the factors of matrix products and, in a step compiled for a processor, of their results; bfloat16 has effect
+    where the processor or GPU has units for it. Weights, log-densities and KLs are float32 either way."""
 
     def __post_init__(self) -> None:
         """Check every field."""

@@ -253,12 +253,8 @@ class _Trainer:
         validation = None
         if len(self.held_out) and (self.step % config.validate_every == 0 or last):
             validation = self._validate()
-            self.tiers.look_again()
         if self.step % config.log_every == 0 or last or self.finished:
-            record: dict[str, Any] = {
-                "step": self.step,
-                "epoch": self.step * self.order.batch_size / self.order.count,
-            }
+            record: dict[str, Any] = {"step": self.step, "epoch": self.step * self.order.batch_size / self.order.count}
             record |= self.inner.meter.read()
             # A node with one value for the data set, or that some rows observe, is no code of a datum.
             kept = {*self.vae.shared, *self.given}
@@ -274,6 +270,7 @@ class _Trainer:
                 if progress is not None:
                     progress(record)
             self.tiers.look_again()
+            self.state.drop_tiny_()
         elif validation is not None:
             self.history.add({"step": self.step, "validation": validation, "seconds": self.seconds})
         if self.out is not None and self.step % config.checkpoint_every == 0:
@@ -294,8 +291,8 @@ class _Trainer:
     def _dropped(self, in_row: int, weight: float) -> int:
         """Tell what was not finite in the step just dropped, by replaying it; too many in a row end the run."""
         if in_row == 1 or in_row >= _MOST_DROPPED:
-            cause = self._cause(weight)
-            told = f"Step {self.step} is not finite and was left out: {cause}."
+            told = f"Step {self.step} is not finite and was left out: {self._cause(weight)}."
+            self.tiers.look_again()
             if in_row >= _MOST_DROPPED:
                 if self.out is not None:
                     self.checkpoint()
@@ -374,6 +371,7 @@ class _Trainer:
     @contextlib.contextmanager
     def _showing(self, weights: dict[str, Tensor] | None) -> Iterator[None]:
         """The model with other weights for a while."""
+        self.tiers.look_again()
         if weights is None:
             yield
             return

@@ -11,7 +11,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import can_compile, compiled, products
+from aevb._compiler import can_compile, compiled, products, seeing
 from aevb.config import InputError, TrainConfig
 from aevb.training.step import Step
 from aevb.training.updates import update_eagerly, update_traced
@@ -50,6 +50,7 @@ class Tiers:
         self.known: object = None  # the form of a batch for which all of dynamo's guards have held
         self.again: Callable[[dict[str, Tensor]], None] | None = None  # the graph that then ran
         self.values: dict[str, Tensor] = {}  # that batch
+        self.shown: tuple[object, list[Any]] | None = None  # that graph, and its inputs
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -63,7 +64,10 @@ class Tiers:
         self.tier = recorded
 
     def look_again(self) -> None:
-        """Evaluate all guards at the next step, since other code has run that could have changed the model."""
+        """Evaluate all guards at the next step, since other code has run that could have changed the model.
+
+        Between two calls, its tensors change in place or not at all.
+        """
         self.known = None
 
     @contextlib.contextmanager
@@ -80,17 +84,21 @@ class Tiers:
                 # Where a graph breaks, torch looks at the .grad of what crosses the break, and warns that it did.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
                 self._prepare()
-                yield self._take
-            self.step.update = update_eagerly
+                try:
+                    yield self._take
+                finally:
+                    self.step.update = update_eagerly
+                    self.known = self.again = self.shown = None
+                    self.values = {}
 
     def _prepare(self) -> None:
         self.step.update = update_traced if self.tier == "whole" else update_eagerly
         # Draws come from torch's own generator, so that they are those of eager.
         how: dict[str, Any] = {"precision": self.precision, "rounded": True, "fallback_random": True}
         if self.tier == "whole":
-            # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
+            # Inductor's checks of its own buffers' sizes would be made anew each step.
             asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
-            self.run = compiled(self.step.__call__, seen=self._see, **how, **asserts)
+            self.run = compiled(self.step.__call__, **how, **asserts)
         elif self.tier == "loss":
             loss = compiled(self.step.look, whole=False, **how)
 
@@ -114,7 +122,8 @@ class Tiers:
                 return
             self.values, self.again = values, None
             try:
-                self.run(values, self.rate, self.weight)
+                with seeing(self._see):
+                    self.run(values, self.rate, self.weight)
                 self.known = form
                 return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -124,18 +133,20 @@ class Tiers:
         self.step(values, rate, weight)
 
     def _see(self, graph: Callable[..., Any], inputs: list[Any]) -> None:
-        """Keep what runs, to be run again without what dynamo does around it.
+        """Keep what runs, to be run again without what dynamo does around it, a twentieth of a step of a batch of 100.
 
-        Guards on every attribute of every module and the search for the inputs take a twentieth of a step of a batch of
-        100, and nothing but the batch can have changed since the last one.
+        That are guards on every attribute of every module, and the search for the inputs. It is left out where two
+        searches found the same tensors, the batch aside: numbers drawn in Python, say, are new ones each time.
         """
-        values = self.values
-        if len({id(value) for value in values.values()}) < len(values):
-            return  # twice in the batch, a tensor is once in the graph, and the next batch may have two
-        places = [(i, name) for i, x in enumerate(inputs) for name, value in values.items() if x is value]
+        values, before, self.shown = self.values, self.shown, (graph, inputs)
+        places = {i: name for i, x in enumerate(inputs) for name, value in values.items() if x is value}
+        if len(places) < len(values) or before is None or before[0] is not graph:
+            return  # of two names for one tensor, one is lost, and the next batch may have two
+        if not all(i in places or x is y for i, (x, y) in enumerate(zip(inputs, before[1], strict=True))):
+            return
 
         def again(values: dict[str, Tensor]) -> None:
-            for place, name in places:
+            for place, name in places.items():
                 inputs[place] = values[name]
             graph(*inputs)
 
