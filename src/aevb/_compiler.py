@@ -81,8 +81,9 @@ def _inductor(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
     def backend(traced: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
+        returns = bool(traced.graph.output_node().args[0])
         graph = cast("Callable[..., Any]", compile_fx(traced, examples, config_patches=dict(options)))
-        if traced.graph.output_node().args[0]:
+        if returns:
             return graph
 
         def run(*inputs: Any) -> Any:
@@ -92,6 +93,7 @@ def _inductor(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
 
         return run
 
+    backend.__name__ = "inductor"  # by which dynamo knows its own
     return backend
 
 

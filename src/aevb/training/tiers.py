@@ -51,6 +51,7 @@ class Tiers:
         self.again: Callable[[dict[str, Tensor]], None] | None = None  # the graph that then ran
         self.values: dict[str, Tensor] = {}  # that batch
         self.shown: tuple[object, list[Any]] | None = None  # that graph, and its inputs
+        self.before: tuple[object, list[Any]] | None = None  # and those of the search before
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -88,7 +89,7 @@ class Tiers:
                     yield self._take
                 finally:
                     self.step.update = update_eagerly
-                    self.known = self.again = self.shown = None
+                    self.known = self.again = self.shown = self.before = None
                     self.values = {}
 
     def _prepare(self) -> None:
@@ -121,8 +122,10 @@ class Tiers:
                 self.again(values)
                 return
             self.values, self.again = values, None
+            self.before, self.shown = self.shown, None
             try:
-                with seeing(self._see):
+                # Elsewhere a graph is a part of the step.
+                with seeing(self._see) if self.tier == "whole" else contextlib.nullcontext():
                     self.run(values, self.rate, self.weight)
                 self.known = form
                 return
@@ -136,9 +139,9 @@ class Tiers:
         """Keep what runs, to be run again without what dynamo does around it, a twentieth of a step of a batch of 100.
 
         That are guards on every attribute of every module, and the search for the inputs. It is left out where two
-        searches found the same tensors, the batch aside: numbers drawn in Python, say, are new ones each time.
+        searches in a row found the same tensors, the batch aside: buffers that trade places, say, are others each time.
         """
-        values, before, self.shown = self.values, self.shown, (graph, inputs)
+        values, before, self.shown = self.values, self.before, (graph, inputs)
         places = {i: name for i, x in enumerate(inputs) for name, value in values.items() if x is value}
         if len(places) < len(values) or before is None or before[0] is not graph:
             return  # of two names for one tensor, one is lost, and the next batch may have two

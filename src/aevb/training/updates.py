@@ -69,7 +69,8 @@ class OptimizerState:
     def drop_tiny_(self) -> None:
         """Set to 0 what is left of the gradients of a weight that has none any more: it no longer moves the weight.
 
-        Some 800 steps on, the mean would be a denormal number for good, and a step several times slower for it.
+        Some 800 steps on, the mean would be a denormal number for good, and a step several times slower for it; called
+        less than once in 180 steps, this lets it be one for a while.
         """
         for moments, tiny in ((self.first, _TINY_FIRST), (self.second, _TINY_FIRST * 1e-6)):
             for moment in moments:
