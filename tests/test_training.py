@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import aevb
 from aevb import MLP, VAE, BayesNet, DiagonalNormal, ModelConfig, Normal, StandardNormal, TrainConfig
 from aevb._compiler import can_compile, round_products
-from aevb.training import OBJECTIVES
+from aevb.training import OBJECTIVES, tiers
 from aevb.training.loop import _Trainer
 from aevb.training.schedules import kl_weight, learning_rate
 from aevb.training.step import Step
@@ -380,14 +380,10 @@ def test_compiled_steps_take_the_path_of_eager_ones(name, monkeypatch, caplog) -
     config["warmup_steps"] = 3
     torch._dynamo.reset()  # or a graph of an earlier test may serve
     torch._dynamo.utils.counters.clear()
-    see, seen = Tiers._see, []
-    monkeypatch.setattr(Tiers, "_see", lambda self, *graph: (seen.append(1), see(self, *graph)))
     runs = [
         aevb.fit(_model(**model), {"x": x}, TrainConfig(**config, compile=compile), **more) for compile in (False, True)
     ]
     reason = can_compile()  # None where there is a compiler
-    # The run's first two steps and each later record's first one have their graph shown; the others repeat it.
-    assert len(seen) == (6 if reason is None else 0)
     # One graph serves a run: rate and KL weight change each step, and the rows are no multiple of 20.
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if reason is None else 0)
     assert ("eagerly" in caplog.text) == (reason is not None)
@@ -450,57 +446,47 @@ def test_compiled_steps_of_classes_shared_factors_and_other_gradients(caplog) ->
     torch.testing.assert_close(_weights(runs[0].vae), _weights(runs[1].vae), rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_new_each_step_is_new_in_a_compiled_one() -> None:
-    """Buffers that trade places."""
+class _Trading(nn.Module):
+    """Its buffers trade places at each step."""
 
-    class Trading(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
-            self.net = MLP(5, [6], 4)
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
+        self.net = MLP(5, [6], 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.a.add_(1.0)
-            self.a, self.b = self.b, self.a
-            out: Tensor = self.net(x + 0.1 * self.a)
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.add_(1.0)
+        self.a, self.b = self.b, self.a
+        out: Tensor = self.net(x + 0.1 * self.a)
+        return out
 
+
+class _Counting(nn.Module):
+    """Counts in place before a break, so that a graph of its own returns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Buffer(torch.zeros(5))
+        self.net = MLP(5, [6], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        torch._dynamo.graph_break()
+        out: Tensor = self.net(x - self.mean)
+        return out
+
+
+@pytest.mark.parametrize(("net", "tier"), [(_Trading, "whole"), (_Counting, "loss")])
+def test_buffers_that_a_net_changes_are_those_of_eager_steps(net, tier) -> None:
     weights = []
     for compile in (False, True):
         torch.manual_seed(1)
         p = BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 5), 5)})
-        vae = VAE(p, BayesNet({"z | x": DiagonalNormal(Trading())}))
+        vae = VAE(p, BayesNet({"z | x": DiagonalNormal(net())}))
         config = TrainConfig(steps=12, batch_size=20, log_every=12, validation=0.0, compile=compile, **PLAIN)
         run = aevb.fit(vae, {"x": _rows()}, config)
         weights.append(_weights(vae))
-    assert run.resume["numbers"]["tier"] == ("whole" if can_compile() is None else "eager")
-    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
-
-
-def test_part_of_a_step_is_not_taken_for_one() -> None:
-    """Before a break, a net that counts in place is a graph of its own, which returns nothing."""
-
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mean = nn.Buffer(torch.zeros(5))
-            self.net = MLP(5, [6], 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.mean.lerp_(x.detach().mean(0), 0.1)
-            torch._dynamo.graph_break()
-            out: Tensor = self.net(x - self.mean)
-            return out
-
-    weights = []
-    for compile in (False, True):
-        torch.manual_seed(1)
-        p = BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 5), 5)})
-        vae = VAE(p, BayesNet({"z | x": DiagonalNormal(Counting())}))
-        config = TrainConfig(steps=12, batch_size=20, log_every=12, validation=0.0, compile=compile, **PLAIN)
-        run = aevb.fit(vae, {"x": _rows()}, config)
-        weights.append(_weights(vae))
-    assert run.resume["numbers"]["tier"] == ("loss" if can_compile() is None else "eager")
+    assert run.resume["numbers"]["tier"] == (tier if can_compile() is None else "eager")
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
@@ -520,49 +506,26 @@ def test_models_of_a_kind_share_a_compiled_step_and_leave_nothing_behind() -> No
 
 def test_guards_are_left_out_only_where_nothing_can_have_changed(monkeypatch) -> None:
     """All of them hold at the first step, after a validation or a record, and for a batch of another form."""
+    unguarded, entered = tiers._unguarded, []
+    monkeypatch.setattr(tiers, "_unguarded", lambda: (entered.append(True), unguarded())[1])
     model = _model()
     config = TrainConfig(compile=True)
     inner = Step(model, "elbo", OptimizerState.start(list(model.parameters()), config, []), config, (), 64)
     runner = Tiers(inner, config, "whole", torch.device("cpu"))
-    taken: list[Tensor] = []
-    steps: list[str] = []
-    others, hidden = [torch.zeros(3)], False
+    runner.run = lambda *_: None
 
-    def graph(other: Tensor, *batch: Tensor) -> None:
-        taken.append(batch[0])
-
-    def guarded(values: dict[str, Tensor], rate: Tensor, weight: Tensor) -> None:
-        if hidden:  # as one is that returns tensors
-            taken.append(values["x"])
-            steps.append("hidden")
-            return
-        runner._see(graph, [*others, *{id(value): value for value in values.values()}.values()])
-        taken.append(values["x"])
-        steps.append("guarded")
-
-    def repeated(*batches: Tensor, **more: Tensor) -> int:
-        steps.clear()
-        taken.clear()
+    def unguarded_steps(*batches: torch.Tensor) -> int:
+        before = len(entered)
         for batch in batches:
-            runner._take({"x": batch, **more}, 1e-3, 1.0)
-        assert all(ours is theirs for ours, theirs in zip(taken, batches, strict=True))
-        return len(batches) - len(steps)
+            runner._take({"x": batch}, 1e-3, 1.0)
+        return len(entered) - before
 
-    runner.run = guarded
     x = torch.zeros(20, 5)
-    assert repeated(x, x + 1, x + 2, x + 3) == 2  # the same tensors twice, the batch aside
+    assert unguarded_steps(x, x, x) == 2
     runner.look_again()
-    assert repeated(x, x.clone()) == 1
-    assert repeated(x[:10], x[:10].to(torch.uint8), x, torch.zeros(5, 20).T, x) == 0
-    others[0] = torch.zeros(3)
-    runner.look_again()
-    assert repeated(x, x, x) == 1
-    runner.look_again()
-    assert repeated(x, x, x, y=x) == 0  # one tensor for two names
-    hidden = True
-    assert repeated(x) == 0
-    hidden = False
-    assert repeated(x, x, x) == 1  # two in a row, anew
+    assert unguarded_steps(x, x) == 1
+    assert unguarded_steps(x[:10], x[:10].to(torch.uint8), x) == 0
+    monkeypatch.undo()
 
     calls: list[int] = []
     monkeypatch.setattr(Tiers, "look_again", lambda self: calls.append(1))

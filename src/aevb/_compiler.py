@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from aevb.config import Precision
 
-__all__ = ["can_compile", "compiled", "products", "seeing"]
+__all__ = ["can_compile", "compiled", "products"]
 
 _VERSIONS = 256
 """Compiled versions of one function that a process keeps, one for each kind of model: torch's own limit is 8, and the
@@ -50,51 +49,10 @@ def compiled(
     options = {"cpp.use_decompose_tanh": True} | options
     if precision == "bfloat16":
         options["post_grad_custom_post_pass"] = _rewriting(rounded and _has_bfloat16())
-    backend = _inductor(tuple(sorted(options.items())))
     graph: Callable[..., Any] = torch.compile(  # type: ignore[call-overload]
-        function, fullgraph=whole, dynamic=False, backend=backend, recompile_limit=_VERSIONS
+        function, fullgraph=whole, dynamic=False, options=options, recompile_limit=_VERSIONS
     )
     return graph
-
-
-_Seen = Callable[[Callable[..., Any], list[Any]], None]
-_SEEN: ContextVar[_Seen | None] = ContextVar("seen", default=None)
-
-
-@contextlib.contextmanager
-def seeing(seen: _Seen) -> Iterator[None]:
-    """Within it, `seen` is handed each compiled graph with its inputs before it runs.
-
-    Only one that returns nothing: of one that returns tensors, attributes are set afterwards.
-    """
-    token = _SEEN.set(seen)
-    try:
-        yield
-    finally:
-        _SEEN.reset(token)
-
-
-@functools.cache
-def _inductor(options: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    """Inductor with options, as dynamo takes it: it tells compiled code apart by it, and keeps it for good."""
-
-    def backend(traced: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
-        returns = bool(traced.graph.output_node().args[0])
-        graph = cast("Callable[..., Any]", compile_fx(traced, examples, config_patches=dict(options)))
-        if returns:
-            return graph
-
-        def run(*inputs: Any) -> Any:
-            if (seen := _SEEN.get()) is not None:
-                seen(graph, list(inputs))
-            return graph(*inputs)
-
-        return run
-
-    backend.__name__ = "inductor"  # by which dynamo knows its own
-    return backend
 
 
 def _has_bfloat16() -> bool:

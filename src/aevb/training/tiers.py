@@ -11,7 +11,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import can_compile, compiled, products, seeing
+from aevb._compiler import can_compile, compiled, products
 from aevb.config import InputError, TrainConfig
 from aevb.training.step import Step
 from aevb.training.updates import update_eagerly, update_traced
@@ -47,11 +47,7 @@ class Tiers:
         self.step, self.tier, self.asked, self.precision = step, tier, config.compile is True, config.precision
         self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.run: Callable[..., None] = step
-        self.known: object = None  # the form of a batch for which all of dynamo's guards have held
-        self.again: Callable[[dict[str, Tensor]], None] | None = None  # the graph that then ran
-        self.values: dict[str, Tensor] = {}  # that batch
-        self.shown: tuple[object, list[Any]] | None = None  # that graph, and its inputs
-        self.before: tuple[object, list[Any]] | None = None  # and those of the search before
+        self.guarded: object = None  # names, shapes and types of a batch for which all of dynamo's guards have held
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -65,11 +61,8 @@ class Tiers:
         self.tier = recorded
 
     def look_again(self) -> None:
-        """Evaluate all guards at the next step, since other code has run that could have changed the model.
-
-        Between two calls, its tensors change in place or not at all.
-        """
-        self.known = None
+        """Evaluate all guards at the next step, since other code has run that could have changed the model."""
+        self.guarded = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
@@ -85,19 +78,15 @@ class Tiers:
                 # Where a graph breaks, torch looks at the .grad of what crosses the break, and warns that it did.
                 warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
                 self._prepare()
-                try:
-                    yield self._take
-                finally:
-                    self.step.update = update_eagerly
-                    self.known = self.again = self.shown = self.before = None
-                    self.values = {}
+                yield self._take
+            self.step.update = update_eagerly
 
     def _prepare(self) -> None:
         self.step.update = update_traced if self.tier == "whole" else update_eagerly
         # Draws come from torch's own generator, so that they are those of eager.
         how: dict[str, Any] = {"precision": self.precision, "rounded": True, "fallback_random": True}
         if self.tier == "whole":
-            # Inductor's checks of its own buffers' sizes would be made anew each step.
+            # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
             asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
             self.run = compiled(self.step.__call__, **how, **asserts)
         elif self.tier == "loss":
@@ -117,17 +106,13 @@ class Tiers:
         while self.tier != "eager":
             self.rate.fill_(rate)  # numbers that change would be compiled anew
             self.weight.fill_(weight)
-            form = [(name, value.shape, value.stride(), value.dtype) for name, value in values.items()]
-            if form == self.known and self.again is not None:
-                self.again(values)
-                return
-            self.values, self.again = values, None
-            self.before, self.shown = self.shown, None
+            form = [(name, value.shape, value.dtype) for name, value in values.items()]
             try:
-                # Elsewhere a graph is a part of the step.
-                with seeing(self._see) if self.tier == "whole" else contextlib.nullcontext():
+                # Guards on every attribute of every module take a twentieth of a step, and nothing but the batch can
+                # have changed since the last one.
+                with _unguarded() if self.tier == "whole" and form == self.guarded else contextlib.nullcontext():
                     self.run(values, self.rate, self.weight)
-                self.known = form
+                self.guarded = form
                 return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # raised before anything of the graph has run
@@ -135,27 +120,13 @@ class Tiers:
                 self._prepare()
         self.step(values, rate, weight)
 
-    def _see(self, graph: Callable[..., Any], inputs: list[Any]) -> None:
-        """Keep what runs, to be run again without what dynamo does around it, a twentieth of a step of a batch of 100.
-
-        That are guards on every attribute of every module, and the search for the inputs. It is left out where two
-        searches in a row found the same tensors, the batch aside: buffers that trade places, say, are others each time.
-        """
-        values, before, self.shown = self.values, self.before, (graph, inputs)
-        places = {i: name for i, x in enumerate(inputs) for name, value in values.items() if x is value}
-        if len(places) < len(values) or before is None or before[0] is not graph:
-            return  # of two names for one tensor, one is lost, and the next batch may have two
-        if not all(i in places or x is y for i, (x, y) in enumerate(zip(inputs, before[1], strict=True))):
-            return
-
-        def again(values: dict[str, Tensor]) -> None:
-            for place, name in places.items():
-                inputs[place] = values[name]
-            graph(*inputs)
-
-        self.again = again
-
     def _fall(self, tier: Tier, reason: str) -> None:
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
+
+
+def _unguarded() -> contextlib.AbstractContextManager[Any]:
+    """Within it, compiled functions evaluate only the guards that tell their versions apart."""
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
+    return stance
