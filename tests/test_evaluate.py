@@ -17,12 +17,10 @@ import torch
 import torch.distributions as td
 from scipy import stats
 from torch import Tensor, nn
-from torch._decomp import get_decompositions
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import aevb
 from aevb import MLP, VAE, BayesNet, Bernoulli, DiagonalNormal, FullNormal, Holes, InputError, Normal, StandardNormal
-from aevb._compiler import bias_apart, can_compile, round_products
+from aevb._compiler import can_compile
 from aevb.apps.summary import UNTRUSTED_ABOVE, summarize
 from aevb.evaluate import pareto_k, rounding
 
@@ -406,42 +404,6 @@ def test_the_sampling_error_that_rounding_is_held_to_is_that_of_all_rows():
     assert not rounding(wide, coarse, total=60).allowed
     one = aevb.log_marginal(model(), {"x": binary(1)}, 100)
     assert not rounding(one, one).allowed  # no error is known
-
-
-def test_bias_and_product_stand_apart_in_bfloat16():
-    """Same values; a sum with weights of its own stays as it is."""
-
-    def layers(bias: Tensor, table: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
-        return torch.addmm(bias, x, w).tanh(), torch.addmm(table, x, w), torch.addmm(bias, x, w, beta=2.0)
-
-    inputs = (torch.randn(3), torch.randn(5, 3), torch.randn(5, 4), torch.randn(4, 3))
-    traced = make_fx(layers, tracing_mode="fake")(*inputs)
-    addmm, mm = torch.ops.aten.addmm.default, torch.ops.aten.mm.default
-    bias_apart(traced.graph)
-    traced.recompile()
-    targets = [node.target for node in traced.graph.nodes]
-    assert (targets.count(addmm), targets.count(mm)) == (1, 2)
-    for found, expected in zip(traced(*inputs), layers(*inputs), strict=True):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-
-
-def test_factors_are_rounded_once_and_so_are_products():
-    """A layer and two of its gradients: products of bfloat16, of the same matrices; those of float64 stay."""
-
-    def layer(x: Tensor, w: Tensor, g: Tensor, exact: Tensor) -> tuple[Tensor, ...]:
-        return x @ w.T, g.T @ x, g @ w, exact @ exact
-
-    inputs = (*(torch.randn(shape).float() for shape in ((5, 4), (3, 4), (5, 3))), torch.randn(2, 2).double())
-    traced = make_fx(layer, tracing_mode="fake", decomposition_table=get_decompositions([torch.ops.aten.t]))(*inputs)
-    round_products(traced.graph)
-    traced.recompile()
-    converted = traced.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
-    assert [node.args[1] for node in converted].count(torch.bfloat16) == 3  # x, w and g
-    low = [each.bfloat16() for each in inputs[:3]]
-    expected = [each.float() for each in layer(*low, inputs[3])[:3]] + [inputs[3] @ inputs[3]]
-    for found, each in zip(traced(*inputs), expected, strict=True):
-        assert found.dtype == each.dtype
-        torch.testing.assert_close(found, each, rtol=0, atol=0)
 
 
 def test_compiled_in_bfloat16_as_eagerly():

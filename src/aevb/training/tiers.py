@@ -85,6 +85,7 @@ class Tiers:
         self.step.update = update_traced if self.tier == "whole" else update_eagerly
         # Draws come from torch's own generator, so that they are those of eager.
         how: dict[str, Any] = {"precision": self.precision, "rounded": True, "fallback_random": True}
+        how["cpp_wrapper"] = self.rate.device.type == "cpu"  # kernels are called from C++: a twentieth of a small step
         if self.tier == "whole":
             # Inductor's checks of its own buffers' sizes would be made anew each step; dynamo's guards stay.
             asserts: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}

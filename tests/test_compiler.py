@@ -1,0 +1,96 @@
+"""What is changed in a graph before it is compiled, on traced graphs, which need no compiler, and on compiled ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.functional import softplus
+
+from aevb._compiler import (
+    bias_apart,
+    round_products,
+    slope_by_powers,
+    softplus_by_powers,
+    softplus_patterns,
+)
+
+aten = torch.ops.aten
+
+
+def test_bias_and_product_stand_apart() -> None:
+    """Same values; a sum with weights of its own stays as it is."""
+
+    def layers(bias: Tensor, table: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return torch.addmm(bias, x, w).tanh(), torch.addmm(table, x, w), torch.addmm(bias, x, w, beta=2.0)
+
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((3,), (5, 3), (5, 4), (4, 3))]
+    traced = make_fx(layers, tracing_mode="fake")(*inputs)
+    bias_apart(traced.graph)
+    traced.recompile()
+    targets = [node.target for node in traced.graph.nodes]
+    assert (targets.count(aten.addmm.default), targets.count(aten.mm.default)) == (1, 2)
+    for found, expected in zip(traced(*inputs), layers(*inputs), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_factors_are_rounded_once_and_so_are_products() -> None:
+    """A layer and its gradients: products of bfloat16, of the same matrices, and a sum of one; float64's stay."""
+
+    def layer(x: Tensor, w: Tensor, g: Tensor, exact: Tensor) -> tuple[Tensor, ...]:
+        return x @ w.T, g.T @ x, g @ w, g.sum(0), exact @ exact
+
+    inputs = (*(torch.randn(shape) for shape in ((5, 4), (3, 4), (5, 3))), torch.randn(2, 2, dtype=torch.float64))
+    traced = make_fx(layer, tracing_mode="fake", decomposition_table=get_decompositions([aten.t]))(*inputs)
+    round_products(traced.graph)
+    traced.recompile()
+    converted = traced.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
+    assert [node.args[1] for node in converted].count(torch.bfloat16) == 3  # x, w and g
+    low = [each.bfloat16() for each in inputs[:3]]
+    expected = [each.float() for each in layer(*low, inputs[3])[:3]] + [low[2].float().sum(0), inputs[3] @ inputs[3]]
+    for found, each in zip(traced(*inputs), expected, strict=True):
+        assert found.dtype == each.dtype
+        torch.testing.assert_close(found, each, rtol=0, atol=0)
+
+
+def test_softplus_and_its_slope_by_powers() -> None:
+    """Against float64, where float32 has room for e^l; limits, and what is no number, too."""
+    logit = torch.linspace(-87, 100, 200_001)
+    torch.testing.assert_close(softplus_by_powers(logit).double(), softplus(logit.double(), 1, 40), rtol=3e-7, atol=0)
+    slope = slope_by_powers(torch.tensor(3.0), logit)
+    torch.testing.assert_close(slope.double(), 3 * logit.double().sigmoid(), rtol=3e-7, atol=0)
+    odd = torch.tensor([0.0, -200.0, torch.inf, -torch.inf, torch.nan])
+    value = torch.tensor([0.6931472, 0.0, torch.inf, 0.0, torch.nan])
+    torch.testing.assert_close(softplus_by_powers(odd), value, equal_nan=True)
+    slope = torch.tensor([0.5, 0.0, 1.0, 0.0, torch.nan])
+    torch.testing.assert_close(slope_by_powers(torch.ones(5), odd), slope, equal_nan=True)
+
+
+def test_what_only_looks_like_softplus_stays() -> None:
+    """Another constant under the line, another power in it, float64: the same graph as before."""
+
+    def others(g: Tensor, a: Tensor, b: Tensor, exact: Tensor) -> tuple[Tensor, ...]:
+        power = a.exp()
+        return g * power / (power + 2.0), g * b.exp() / (power + 1.0), (-power).log1p(), exact.exp().log1p()
+
+    traced = make_fx(others, tracing_mode="fake")(*(torch.randn(3) for _ in range(3)), torch.randn(3).double())
+    before = str(traced.graph)
+    assert softplus_patterns().apply(traced.graph) == 0
+    assert str(traced.graph) == before
+
+
+def test_softplus_is_found_as_torch_writes_it_out() -> None:
+    """Value and gradient, at any threshold and sharpness."""
+
+    def step(x: Tensor, logit: Tensor) -> tuple[Tensor, Tensor]:
+        value = x * logit - softplus(logit, threshold=40.0) + softplus(logit, 2.0)
+        return value.detach(), torch.autograd.grad(value.sum(), logit)[0]
+
+    inputs = torch.rand(301), torch.linspace(-30, 60, 301).requires_grad_()
+    traced = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    assert softplus_patterns().apply(traced.graph) == 4
+    traced.recompile()
+    for found, expected in zip(traced(*inputs), step(*(each.double() for each in inputs)), strict=True):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
