@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import softplus
@@ -18,6 +21,11 @@ from aevb._compiler import (
 )
 
 aten = torch.ops.aten
+
+
+def _traced(function: Callable[..., Any], *inputs: Tensor) -> torch.fx.GraphModule:
+    """As inductor is handed it."""
+    return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
 
 
 def test_bias_and_product_stand_apart() -> None:
@@ -37,20 +45,38 @@ def test_bias_and_product_stand_apart() -> None:
 
 
 def test_factors_are_rounded_once_and_so_are_products() -> None:
-    """A layer and its gradients: products of bfloat16, of the same matrices, and a sum of one; float64's stay."""
+    """A layer and its gradients: bfloat16 products of the same matrices, and a bias's gradient; float64's stay."""
 
     def layer(x: Tensor, w: Tensor, g: Tensor, exact: Tensor) -> tuple[Tensor, ...]:
+        g = -g
         return x @ w.T, g.T @ x, g @ w, g.sum(0), exact @ exact
 
     inputs = (*(torch.randn(shape) for shape in ((5, 4), (3, 4), (5, 3))), torch.randn(2, 2, dtype=torch.float64))
-    traced = make_fx(layer, tracing_mode="fake", decomposition_table=get_decompositions([aten.t]))(*inputs)
+    traced = _traced(layer, *inputs)
     round_products(traced.graph)
     traced.recompile()
     converted = traced.graph.find_nodes(op="call_function", target=torch.ops.prims.convert_element_type.default)
     assert [node.args[1] for node in converted].count(torch.bfloat16) == 3  # x, w and g
     low = [each.bfloat16() for each in inputs[:3]]
-    expected = [each.float() for each in layer(*low, inputs[3])[:3]] + [low[2].float().sum(0), inputs[3] @ inputs[3]]
+    products = [each.float() for each in layer(*low, inputs[3])[:3]]
+    expected = [*products, -low[2].float().sum(0), inputs[3] @ inputs[3]]
     for found, each in zip(traced(*inputs), expected, strict=True):
+        assert found.dtype == each.dtype
+        torch.testing.assert_close(found, each, rtol=0, atol=0)
+
+
+def test_other_sums_of_factors_are_not_of_rounded_entries() -> None:
+    """Of data, a row's total, in float64: 257 is 256 in bfloat16."""
+
+    def sums(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        y = x + 0.0
+        return x @ w, y @ w, x.sum(0), x.sum(-1), y.sum(-1), y.sum(0, dtype=torch.float64)
+
+    x, w = torch.full((3, 4), 257.0), torch.randn(4, 2)
+    traced = _traced(sums, x, w)
+    round_products(traced.graph)
+    traced.recompile()
+    for found, each in zip(traced(x, w)[2:], sums(x, w)[2:], strict=True):
         assert found.dtype == each.dtype
         torch.testing.assert_close(found, each, rtol=0, atol=0)
 
@@ -68,17 +94,26 @@ def test_softplus_and_its_slope_by_powers() -> None:
     torch.testing.assert_close(slope_by_powers(torch.ones(5), odd), slope, equal_nan=True)
 
 
-def test_what_only_looks_like_softplus_stays() -> None:
-    """Another constant under the line, another power in it, float64: the same graph as before."""
-
-    def others(g: Tensor, a: Tensor, b: Tensor, exact: Tensor) -> tuple[Tensor, ...]:
-        power = a.exp()
-        return g * power / (power + 2.0), g * b.exp() / (power + 1.0), (-power).log1p(), exact.exp().log1p()
-
-    traced = make_fx(others, tracing_mode="fake")(*(torch.randn(3) for _ in range(3)), torch.randn(3).double())
-    before = str(traced.graph)
-    assert softplus_patterns().apply(traced.graph) == 0
-    assert str(traced.graph) == before
+@pytest.mark.parametrize(
+    ("found", "function"),
+    [
+        (1, lambda g, p, a: g * p / (p + 1.0)),
+        (1, lambda g, p, a: p.log1p()),
+        (0, lambda g, p, a: g * p / (p + 2.0)),
+        (0, lambda g, p, a: g * p / torch.add(p, 1.0, alpha=2.0)),
+        (0, lambda g, p, a: g * a.exp() / (p + 1.0)),
+        (0, lambda g, p, a: (-p).log1p()),
+        (0, lambda g, p, a: (g * p / (p + 1.0)).double() * p.double().exp().log1p()),
+    ],
+)  # fmt: skip
+def test_softplus_is_told_from_what_looks_like_it(found, function) -> None:
+    """Another constant, a factor, another power: nothing is put in its place. Values stay in any case."""
+    inputs = [torch.linspace(-3, 3, 7), torch.linspace(-5, 8, 7), torch.linspace(0, 1, 7)]
+    traced = _traced(lambda g, b, a: function(g, b.exp(), a), *inputs)
+    assert softplus_patterns().apply(traced.graph) == found
+    traced.recompile()
+    g, b, a = inputs
+    torch.testing.assert_close(traced(*inputs), function(g, b.exp(), a), rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def test_softplus_is_found_as_torch_writes_it_out() -> None:
@@ -89,7 +124,7 @@ def test_softplus_is_found_as_torch_writes_it_out() -> None:
         return value.detach(), torch.autograd.grad(value.sum(), logit)[0]
 
     inputs = torch.rand(301), torch.linspace(-30, 60, 301).requires_grad_()
-    traced = make_fx(step, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+    traced = _traced(step, *inputs)
     assert softplus_patterns().apply(traced.graph) == 4
     traced.recompile()
     for found, expected in zip(traced(*inputs), step(*(each.double() for each in inputs)), strict=True):

@@ -77,7 +77,7 @@ def _rewriting(rounded: bool) -> Any:
                 round_products(graph)
 
         def uuid(self) -> Any:  # names the graphs that are cached on disk
-            return get_hash_for_files((__file__,), f"rounded {rounded}")
+            return get_hash_for_files((__file__,), f"{rounded} {_log1p_powers()}")
 
     return Rewriting()
 
@@ -87,19 +87,18 @@ def bias_apart(graph: torch.fx.Graph) -> None:
 
     For the two at once the product is handed a result that holds b in every row, to be written and read again; a sum
     alone costs nothing in the kernel that reads it. A tenth of the time of importance sampling in bfloat16, a
-    twentieth of a step of batch 100 in float32.
+    twentieth of a step of batch 100 in float32. Processors only: for a GPU inductor does so itself.
     """
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.addmm.default):
         bias, *factors = node.args
-        if node.kwargs:  # weights of the two parts
+        if node.kwargs or node.meta["val"].device.type != "cpu":  # weights of the two parts
             continue
         with graph.inserting_before(node):
             product = graph.call_function(torch.ops.aten.mm.default, tuple(factors))
             total = graph.call_function(torch.ops.aten.add.Tensor, (product, bias))
         for made in (product, total):
             made.meta.update(node.meta)
-        if "val" in node.meta:  # a value of its own, or the two would pass for one buffer
-            product.meta["val"] = torch.empty_like(node.meta["val"])
+        product.meta["val"] = torch.empty_like(node.meta["val"])  # its own, or the two would pass for one buffer
         node.replace_all_uses_with(total)
         graph.erase_node(node)
 
@@ -130,7 +129,7 @@ def slope_by_powers(gradient: Tensor, logit: Tensor) -> Tensor:
 
 @functools.cache
 def softplus_patterns() -> Any:
-    """What finds float32 softplus and its gradient in a graph, as torch writes them out, and puts the above there.
+    """What finds float32 log(1 + e^l) and softplus's gradient, as torch writes it out, and puts the above there.
 
     The library's own log(1 + x), right to the last digit for all x, and a second division took half of the time of a
     Bernoulli's log-mass with its gradient. Processors only: a GPU waits for memory there.
@@ -144,14 +143,15 @@ def softplus_patterns() -> Any:
         power = torch.exp(logit)
         return gradient * power / (power + 1.0)
 
-    def on_processor(match: Match) -> bool:
+    def fits(match: Match) -> bool:
         given = [node.meta["val"] for node in match.kwargs.values()]
-        return all(x.dtype == torch.float32 and x.device.type == "cpu" for x in given)
+        plain = not any(node.kwargs for node in match.nodes)  # a sum's factor, which the search does not look at
+        return plain and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in given)
 
     patterns = PatternMatcherPass()
     for found, instead, inputs in ((value, softplus_by_powers, 1), (slope, slope_by_powers, 2)):
         examples = [torch.zeros(2, 2, dtype=torch.float32) for _ in range(inputs)]
-        register_replacement(found, instead, examples, fwd_only, patterns, extra_check=on_processor)
+        register_replacement(found, instead, examples, fwd_only, patterns, extra_check=fits)
     return patterns
 
 
@@ -159,9 +159,9 @@ def round_products(graph: torch.fx.Graph) -> None:
     """Round the factors of each float32 product of two matrices to bfloat16 once, where they are made, and the product.
 
     oneDNN rounds float32 factors anew in each product: a weight, and what a layer is given, twice a step. Of a result
-    that is bfloat16 half as much is written and read. Sums of a factor, such as a bias's gradient, are of its rounded
-    entries: for the others all that led to them would be computed once more. Processors only; products of batches of
-    matrices and convolutions stay.
+    that is bfloat16 half as much is written and read. The sum of a factor over rows, as a bias's gradient is, is of its
+    rounded entries: for the others all that led to them would be computed once more; data's own are not touched.
+    Processors only; products of batches of matrices and convolutions stay.
     """
     aten, convert = torch.ops.aten, torch.ops.prims.convert_element_type.default
     found: dict[torch.fx.Node, torch.fx.Node] = {}
@@ -190,7 +190,11 @@ def round_products(graph: torch.fx.Graph) -> None:
         node.replace_all_uses_with(result)
         graph.erase_node(node)
     for x, made in found.items():
-        for total in [user for user in x.users if user.target is aten.sum.dim_IntList]:
+        if x.op == "placeholder":
+            continue
+        for total in graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+            if total.args[:2] != (x, [0]) or total.kwargs:
+                continue
             with graph.inserting_before(total):
                 again = graph.call_function(convert, (made, torch.float32))
             again.meta["val"] = torch.empty_like(x.meta["val"])
