@@ -50,13 +50,23 @@ def plot_train_step(path: Path) -> None:
 
     rows = [row for row in read("train_step") if row.get("compiled_ratio")]
     groups = list(dict.fromkeys((row["net"], row["precision"]) for row in rows))
-    figure, panels = plt.subplots(1, len(groups), figsize=(5 * len(groups), 4), layout="constrained", squeeze=False)
-    for (net, precision), panel in zip(groups, panels.flat, strict=True):
-        for name in dict.fromkeys(row["contestant"] for row in rows):
+    names, batches = list(dict.fromkeys(row["contestant"] for row in rows)), sorted({int(row["batch"]) for row in rows})
+    across = min(2, len(groups))
+    size = (across, -(-len(groups) // across))
+    figure, panels = plt.subplots(
+        size[1], across, figsize=(5 * size[0], 3.8 * size[1]), layout="constrained", squeeze=False, sharey=True
+    )
+    for (net, precision), panel in zip(groups, panels.flat, strict=False):
+        for name in names:
             points = [r for r in rows if (r["net"], r["precision"], r["contestant"]) == (net, precision, name)]
             x, y = ([float(point[column]) for point in points] for column in ("batch", "examples_s"))
             panel.loglog(x, y, "o-", label=name, linewidth=2.5 if name.startswith("aevb") else 1.0)
-        panel.set(title=f"{net}, {precision}", xlabel="batch", ylabel="examples a second")
+        panel.set(title=f"{net}, {precision}", xlabel="batch", xticks=batches, xticklabels=batches)
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:,.0f}")
+        panel.grid(alpha=0.3)
+    for row in panels:
+        row[0].set_ylabel("examples a second")
     panels[0, 0].legend(fontsize="small")
     plt.rcParams["svg.hashsalt"] = "aevb"
     figure.savefig(path, metadata={"Date": None})

@@ -44,7 +44,11 @@ def plot(path: str) -> None:
         for name in dict.fromkeys(row["contestant"] for row in rows):
             points = [row for row in rows if row["axis"] == axis and row["contestant"] == name]
             panel.loglog([int(p["size"]) for p in points], [float(p["ms_step"]) for p in points], "o-", label=name)
-        panel.set_xlabel(axis)
+        sizes = sorted({int(row["size"]) for row in rows if row["axis"] == axis})
+        panel.set(xlabel=axis, xticks=sizes, xticklabels=[f"{size:,}" for size in sizes])
+        panel.minorticks_off()
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.grid(alpha=0.3)
     figure.supylabel("milliseconds a step")
     panels[0, 0].legend()
     plt.rcParams["svg.hashsalt"] = "aevb"

@@ -392,7 +392,9 @@ class TrainConfig(_Checked):
     """Newest checkpoints that are kept; each holds the best weights so far."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the update (bound, gradient, clipping, optimizer, averaging) into one program, or, where a net does not
-    allow it, the loss alone. auto: where the steps and the size of the model promise more than two minutes."""
+    allow it, the loss alone. auto: where the steps and the size of the model promise more than two minutes. A net or an
+    objective of one's own must draw by torch's generator: what Python's `random` draws is not recorded, and torch 2.13
+    compiles `random.uniform` to wrong numbers."""
     precision: Precision = "float32"
     """Of the factors of matrix products and, in a step compiled for a processor, of their results; bfloat16 has effect
     where the processor or GPU has units for it. Weights, log-densities and KLs are float32 either way."""
