@@ -495,41 +495,47 @@ def test_buffers_that_a_net_changes_are_those_of_eager_steps(net, tier) -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
-def test_models_of_a_kind_share_a_compiled_step_and_leave_nothing_behind() -> None:
+def test_models_of_a_kind_share_a_compiled_step_and_leave_nothing_behind(monkeypatch) -> None:
+    """Each finds the program of its steps once for its first five and once after the record."""
+    found: list[bool] = []
+    search = tiers.program
+    monkeypatch.setattr(tiers, "program", lambda *given: (found.append((made := search(*given)) is not None), made)[1])
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     kept = []
     for _ in range(2):
         model = _model()
         kept.append(weakref.ref(model))
-        aevb.fit(model, {"x": _rows()}, TrainConfig(steps=6, log_every=6, compile=True))
+        aevb.fit(model, {"x": _rows()}, TrainConfig(steps=6, log_every=5, validation=0.0, compile=True))
         del model
     gc.collect()
     assert [model() for model in kept] == [None, None]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if can_compile() is None else 0)
+    compiles = can_compile() is None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if compiles else 0)
+    assert found == ([True] * 4 if compiles else [])
 
 
-def test_guards_are_left_out_only_where_nothing_can_have_changed(monkeypatch) -> None:
-    """All of them hold at the first step, after a validation or a record, and for a batch of another form."""
-    unguarded, entered = tiers._unguarded, []
-    monkeypatch.setattr(tiers, "_unguarded", lambda: (entered.append(True), unguarded())[1])
-    model = _model()
+def test_the_search_for_a_program_is_left_out_only_where_nothing_can_have_changed(monkeypatch) -> None:
+    """It is made at the first step, after a validation or a record, and for a batch of another form."""
+    monkeypatch.setattr(tiers, "can_compile", lambda: None)
+    monkeypatch.setattr(tiers, "program", lambda *_: lambda *_: taken.append("again"))
+    model, taken = _model(), []
     config = TrainConfig(compile=True)
     inner = Step(model, "elbo", OptimizerState.start(list(model.parameters()), config, []), config, (), 64)
     runner = Tiers(inner, config, "whole", torch.device("cpu"))
-    runner.run = lambda *_: None
+    runner.run = lambda *_: taken.append("searched")
 
-    def unguarded_steps(*batches: torch.Tensor) -> int:
-        before = len(entered)
+    def searches(*batches: torch.Tensor) -> list[int]:
+        taken.clear()
         for batch in batches:
             runner._take({"x": batch}, 1e-3, 1.0)
-        return len(entered) - before
+        return [at for at, how in enumerate(taken) if how == "searched"]
 
     x = torch.zeros(20, 5)
-    assert unguarded_steps(x, x, x) == 2
+    assert searches(x, x, x) == [0]
     runner.look_again()
-    assert unguarded_steps(x, x) == 1
-    assert unguarded_steps(x[:10], x[:10].to(torch.uint8), x) == 0
+    assert searches(x, x) == [0]
+    assert searches(x[:10], x[:10].to(torch.uint8), x.T.contiguous().T, x, x) == [0, 1, 2, 3]
     monkeypatch.undo()
 
     calls: list[int] = []

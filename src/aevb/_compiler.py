@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from aevb.config import Precision
 
-__all__ = ["can_compile", "compiled", "products"]
+__all__ = ["can_compile", "compiled", "products", "program"]
 
 _VERSIONS = 256
 """Compiled versions of one function that a process keeps, one for each kind of model: torch's own limit is 8, and the
@@ -55,6 +57,21 @@ def compiled(
         function, fullgraph=whole, dynamic=False, options=options, recompile_limit=_VERSIONS
     )
     return graph
+
+
+def program(method: Any, *arguments: Any) -> Callable[..., Any] | None:
+    """What a bound method that has been compiled whole runs for such arguments; None if nothing yet.
+
+    The same program without dynamo's search for it among all versions of the method: whoever calls it must know that
+    the search would end there again.
+    """
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
+    given = inspect.signature(method.__func__).bind(method.__self__, *arguments).arguments
+    for entry in _debug_get_cache_entry_list(method.__code__):
+        if entry.guard_manager.check(given):
+            return MethodType(FunctionType(entry.code, method.__globals__), method.__self__)
+    return None
 
 
 def _has_bfloat16() -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from aevb._compiler import can_compile, compiled, products
+from aevb._compiler import can_compile, compiled, products, program
 from aevb.config import InputError, TrainConfig
 from aevb.training.step import Step
 from aevb.training.updates import update_eagerly, update_traced
@@ -47,7 +47,8 @@ class Tiers:
         self.step, self.tier, self.asked, self.precision = step, tier, config.compile is True, config.precision
         self.rate, self.weight = torch.zeros((), device=device), torch.zeros((), device=device)
         self.run: Callable[..., None] = step
-        self.guarded: object = None  # names, shapes and types of a batch for which all of dynamo's guards have held
+        self.again: Callable[..., None] | None = None  # the program of the last step
+        self.form: object = None  # and of its batch: names, shapes, strides and types
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -61,8 +62,8 @@ class Tiers:
         self.tier = recorded
 
     def look_again(self) -> None:
-        """Evaluate all guards at the next step, since other code has run that could have changed the model."""
-        self.guarded = None
+        """Look for the program of the next step anew, since other code has run that could have changed the model."""
+        self.again = None
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[Callable[[dict[str, Tensor], float, float], None]]:
@@ -107,13 +108,15 @@ class Tiers:
         while self.tier != "eager":
             self.rate.fill_(rate)  # numbers that change would be compiled anew
             self.weight.fill_(weight)
-            form = [(name, value.shape, value.dtype) for name, value in values.items()]
+            form = [(name, value.shape, value.stride(), value.dtype) for name, value in values.items()]
+            if self.again is not None and form == self.form:
+                self.again(values, self.rate, self.weight)
+                return
             try:
-                # Guards on every attribute of every module take a twentieth of a step, and nothing but the batch can
-                # have changed since the last one.
-                with _unguarded() if self.tier == "whole" and form == self.guarded else contextlib.nullcontext():
-                    self.run(values, self.rate, self.weight)
-                self.guarded = form
+                self.run(values, self.rate, self.weight)
+                if self.tier == "whole":  # the search takes a twentieth of a step, and only the batch can change soon
+                    self.again = program(self.step.__call__, values, self.rate, self.weight)
+                    self.form = form
                 return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # raised before anything of the graph has run
@@ -125,9 +128,3 @@ class Tiers:
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
-
-
-def _unguarded() -> contextlib.AbstractContextManager[Any]:
-    """Within it, compiled functions evaluate only the guards that tell their versions apart."""
-    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance(skip_guard_eval_unsafe=True)
-    return stance
