@@ -495,6 +495,34 @@ def test_buffers_that_a_net_changes_are_those_of_eager_steps(net, tier) -> None:
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
 
 
+class _Turning(nn.Module):
+    """Does one thing and another in turn, by a flag of Python's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.turn = MLP(5, [6], 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn = not self.turn
+        out: Tensor = self.net(x if self.turn else -x)
+        return out
+
+
+def test_a_net_that_python_changes_at_each_step_takes_the_path_of_eager_ones(caplog) -> None:
+    """Two versions are compiled; since none is that of the next step, the rest runs eagerly."""
+    weights = []
+    for compile in (False, True):
+        torch.manual_seed(1)
+        p = BayesNet({"z": StandardNormal(2), "x | z": Normal(MLP(2, [6], 5), 5)})
+        vae = VAE(p, BayesNet({"z | x": DiagonalNormal(_Turning())}))
+        config = TrainConfig(steps=9, batch_size=20, log_every=9, validation=0.0, compile=compile, **PLAIN)
+        run = aevb.fit(vae, {"x": _rows()}, config)
+        weights.append(_weights(vae))
+    assert run.resume["numbers"]["tier"] == "eager"
+    assert ("changes by Python at each step" in caplog.text) == (can_compile() is None)
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
 def test_models_of_a_kind_share_a_compiled_step_and_leave_nothing_behind(monkeypatch) -> None:
     """Each finds the program of its steps once for its first five and once after the record."""
     found: list[bool] = []
@@ -536,6 +564,8 @@ def test_the_search_for_a_program_is_left_out_only_where_nothing_can_have_change
     runner.look_again()
     assert searches(x, x) == [0]
     assert searches(x[:10], x[:10].to(torch.uint8), x.T.contiguous().T, x, x) == [0, 1, 2, 3]
+    runner._fall("loss", "of a test")
+    assert searches(x, x) == [0, 1]
     monkeypatch.undo()
 
     calls: list[int] = []

@@ -60,18 +60,19 @@ def compiled(
 
 
 def program(method: Any, *arguments: Any) -> Callable[..., Any] | None:
-    """What a bound method that has been compiled whole runs for such arguments; None if nothing yet.
+    """What the last call of a bound method that is compiled whole ran, if another call would run it, too; else None.
 
-    The same program without dynamo's search for it among all versions of the method: whoever calls it must know that
-    the search would end there again.
+    Called itself, it goes without dynamo's search among all versions of the method: whoever does so must know that the
+    search would still end there.
     """
     from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 
+    newest = next(iter(_debug_get_cache_entry_list(method.__code__)), None)  # the last one that ran comes first
     given = inspect.signature(method.__func__).bind(method.__self__, *arguments).arguments
-    for entry in _debug_get_cache_entry_list(method.__code__):
-        if entry.guard_manager.check(given):
-            return MethodType(FunctionType(entry.code, method.__globals__), method.__self__)
-    return None
+    if newest is None or newest.code is None or not newest.guard_manager.check(given):
+        return None
+    made = FunctionType(newest.code, method.__globals__, closure=method.__func__.__closure__)
+    return MethodType(made, method.__self__)
 
 
 def _has_bfloat16() -> bool:

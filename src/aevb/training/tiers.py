@@ -25,6 +25,8 @@ _TIERS: tuple[Tier, ...] = get_args(Tier)
 
 _WORTH_SECONDS = 120
 """An eager run longer than this is compiled by "auto": a third of it is won, and compilation takes half a minute."""
+_MOST_CHANGED = 4
+"""Steps in a row after which dynamo's guards do not hold any more, and compiling is given up."""
 _STEP_SECONDS, _FLOP_RATE = 1e-3, 4e10
 """What a step costs beside its products, and products a second: round figures for two cores. They must not be measured,
 or the tier, and with it the rounding, would depend on how busy the machine is."""
@@ -49,6 +51,7 @@ class Tiers:
         self.run: Callable[..., None] = step
         self.again: Callable[..., None] | None = None  # the program of the last step
         self.form: object = None  # and of its batch: names, shapes, strides and types
+        self.changed = 0  # steps in a row that left no program for the next
         if tier != "eager" and (reason := can_compile()):
             self._fall("eager", reason)
 
@@ -114,17 +117,26 @@ class Tiers:
                 return
             try:
                 self.run(values, self.rate, self.weight)
-                if self.tier == "whole":  # the search takes a twentieth of a step, and only the batch can change soon
-                    self.again = program(self.step.__call__, values, self.rate, self.weight)
-                    self.form = form
-                return
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 # raised before anything of the graph has run
                 self._fall(_TIERS[_TIERS.index(self.tier) + 1], str(error).strip().splitlines()[0])
                 self._prepare()
+                continue
+            if self.tier == "whole":
+                self._keep(values, form)
+            return
         self.step(values, rate, weight)
 
+    def _keep(self, values: dict[str, Tensor], form: object) -> None:
+        """Keep the program of the step just taken: to search for it anew takes a twentieth of a step, or a tenth."""
+        self.again, self.form = program(self.step.__call__, values, self.rate, self.weight), form
+        self.changed = 0 if self.again is not None else self.changed + 1
+        if self.changed == _MOST_CHANGED:
+            self._fall("eager", "a net or the objective changes by Python at each step")
+            self._prepare()
+
     def _fall(self, tier: Tier, reason: str) -> None:
+        self.again = None
         told = "eagerly, not compiled" if tier == "eager" else "with its loss compiled, not whole"
         _log.log(logging.WARNING if self.asked else logging.INFO, "Training runs %s: %s.", told, reason.rstrip("."))
         self.tier = tier
