@@ -52,9 +52,9 @@ def plot_train_step(path: Path) -> None:
     groups = list(dict.fromkeys((row["net"], row["precision"]) for row in rows))
     names, batches = list(dict.fromkeys(row["contestant"] for row in rows)), sorted({int(row["batch"]) for row in rows})
     across = min(2, len(groups))
-    size = (across, -(-len(groups) // across))
+    down = -(-len(groups) // across)
     figure, panels = plt.subplots(
-        size[1], across, figsize=(5 * size[0], 3.8 * size[1]), layout="constrained", squeeze=False, sharey=True
+        down, across, figsize=(5 * across, 3.8 * down), layout="constrained", squeeze=False, sharey=True
     )
     for (net, precision), panel in zip(groups, panels.flat, strict=False):
         for name in names:
