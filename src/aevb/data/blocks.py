@@ -51,7 +51,8 @@ class Blocks:
 
     def __init__(self, lengths: Sequence[int], read: Callable[[int], Tensor], node: str = "x") -> None:
         self.blocks, self.node, self._read = tuple(lengths), node, read
-        self._ends = tuple(accumulate(self.blocks))
+        self._ends = torch.tensor(list(accumulate(self.blocks)), dtype=torch.long)
+        self._longest = max(self.blocks, default=0)
         self._slots: dict[int, int] = {}  # block to where it stands in memory; the least recently used one first
         self._memory: Tensor | None = None  # (slots, longest block, *event)
         # Of each row's block, where it stands less where its first row would: a row's place is its number and this.
@@ -59,7 +60,7 @@ class Blocks:
 
     def __len__(self) -> int:
         """Rows of all blocks."""
-        return self._ends[-1] if self._ends else 0
+        return int(self._ends[-1]) if self.blocks else 0
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
         """The rows `indices`, `(B,)`; `{node: (B, *event)}`.
@@ -67,8 +68,8 @@ class Blocks:
         Raises:
             InputError: If they lie in more than sixteen blocks, or a block is not as it was said to be.
         """
-        block = torch.bucketize(indices, torch.tensor(self._ends), right=True)
-        wanted = block.unique().tolist()
+        block = torch.bucketize(indices, self._ends, right=True)
+        wanted = set(block.tolist())  # a tensor's unique() takes four times as long
         if len(wanted) > _SLOTS:
             parts = [self.take(some)[self.node] for some in indices.split(max(1, len(indices) // 2))]
             return {self.node: torch.cat(parts)}
@@ -79,8 +80,7 @@ class Blocks:
         return {self.node: self._memory.index_select(0, indices + self._shift[block])}
 
     def _hold(self, number: int) -> None:
-        slot = self._slots.pop(number, None)
-        longest = max(self.blocks)
+        slot, longest = self._slots.pop(number, None), self._longest
         if slot is None:
             rows = self._read(number)
             if self._memory is None:
@@ -97,7 +97,7 @@ class Blocks:
             if slot is None:
                 slot = self._slots.pop(next(iter(self._slots)))
             self._memory[slot * longest : slot * longest + len(rows)] = rows
-            self._shift[number] = slot * longest - (self._ends[number] - self.blocks[number])
+            self._shift[number] = slot * longest - int(self._ends[number]) + self.blocks[number]
         self._slots[number] = slot
 
 
