@@ -14,6 +14,7 @@ from torch.nn.functional import softplus
 
 from aevb._compiler import (
     bias_apart,
+    merge_equal,
     round_products,
     slope_by_powers,
     softplus_by_powers,
@@ -26,6 +27,37 @@ aten = torch.ops.aten
 def _traced(function: Callable[..., Any], *inputs: Tensor) -> torch.fx.GraphModule:
     """As inductor is handed it."""
     return make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
+
+
+def test_equal_nodes_are_computed_once() -> None:
+    """A layer looked at twice; not draws, results, or numbers of two types; and not across a change in place."""
+
+    def twice(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        first, second = (x @ w).tanh(), (x @ w).tanh()
+        noise = torch.rand(3) - torch.rand(3)
+        whole, real = torch.full((2,), 1), torch.full((2,), 1.0)
+        before = x.sum()
+        x.add_(1.0)
+        norms = [aten._native_batch_norm_legit.no_stats(x @ w, None, None, True, 0.1, 1e-5)[0] @ w.T for _ in range(2)]
+        results = w * 2, (w * 2).view(-1), torch.var_mean(x, 0)[1], torch.var_mean(x, 0)[1]
+        return first + second.exp(), noise, whole * 2, real * 2, before * x.sum(), norms[0].exp() + norms[1], *results
+
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in ((5, 4), (4, 3))]
+    traced = _traced(twice, *inputs)
+    outputs = []
+    for change in (lambda graph: None, merge_equal):
+        change(traced.graph)
+        traced.recompile()
+        torch.manual_seed(0)
+        outputs.append(traced(*(each.clone() for each in inputs)))
+    targets = [node.target for node in traced.graph.nodes]
+    counted = (aten.mm.default, aten.tanh.default, aten.rand.default, aten.full.default)
+    assert [targets.count(each) for each in counted] == [3, 1, 2, 2]  # products: two of x, since it changes, and W's
+    for expected, found in zip(*outputs, strict=True):
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len({each.data_ptr() for each in outputs[1]}) == len(outputs[1])
+    assert float(outputs[1][1].abs().min()) > 0
 
 
 def test_bias_and_product_stand_apart() -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/reproduce/ladder.py ../shared/data --seeds 0 1 2
 
-z 64-32-16-8-4, two hidden layers of 128/64/32/16/16 units a level, a quarter of the paper's. `plain` and the two with
+z 64-32-16-8-4, two hidden layers of 512/256/128/64/32 units a level, or a share of them. `plain` and the two with
 batch-norm infer bottom-up, q(z1 | x) q(z2 | z1) ...; `ladder` infers top-down: deterministic features rise from x, and
 each level multiplies their Gaussian with p's own. A unit is active where its mean KL over 2000 test images is above
 0.01 nats, batch-norm at the statistics of these images: at the running ones a few rows in a thousand may leave the
@@ -25,33 +25,34 @@ from aevb import MLP, VAE, BayesNet, Deterministic, DiagonalNormal, LadderNormal
 from aevb.bounds import evaluating, keeping_buffers
 
 LATENTS = (64, 32, 16, 8, 4)
-HIDDEN = (128, 64, 32, 16, 16)
+HIDDEN = (512, 256, 128, 64, 32)
 MODELS = ("plain", "batch-norm", "batch-norm, warm-up", "ladder")
 
 
-def build(model: str, start: torch.Tensor) -> VAE:
-    """The pair; p is the same for all but for batch-norm."""
+def build(model: str, start: torch.Tensor, share: float, activation: str) -> VAE:
+    """The pair, with a share of the paper's hidden units and at least 16; p is the same for all but for batch-norm."""
     normed = model != "plain"
+    hidden = [max(16, round(share * width)) for width in HIDDEN]
 
     def net(inputs: int, width: int, outputs: int) -> MLP:
-        return MLP(inputs, [width, width], outputs, "relu", batch_norm=normed)
+        return MLP(inputs, [width, width], outputs, activation, batch_norm=normed)
 
     levels = range(1, len(LATENTS) + 1)
     p: dict[str, torch.nn.Module] = {f"z{len(LATENTS)}": aevb.StandardNormal(LATENTS[-1])}
     for level, (dims, above) in enumerate(pairwise(LATENTS), 1):
-        p[f"z{level} | z{level + 1}"] = DiagonalNormal(net(above, HIDDEN[level], 2 * dims))
-    decoder = net(LATENTS[0], HIDDEN[0], 784)
+        p[f"z{level} | z{level + 1}"] = DiagonalNormal(net(above, hidden[level], 2 * dims))
+    decoder = net(LATENTS[0], hidden[0], 784)
     with torch.no_grad():
         decoder.last.bias.copy_(torch.logit(start, eps=1e-4))
     p["x | z1"] = aevb.Bernoulli(decoder)
     q: dict[str, torch.nn.Module] = {}
     if model != "ladder":
-        for level, below, dims, width in zip(levels, (784, *LATENTS), LATENTS, HIDDEN, strict=False):
+        for level, below, dims, width in zip(levels, (784, *LATENTS), LATENTS, hidden, strict=False):
             q[f"z{level} | {f'z{level - 1}' if level > 1 else 'x'}"] = DiagonalNormal(net(below, width, 2 * dims))
         return VAE(BayesNet(p), BayesNet(q))
-    for level, below, width in zip(levels, (784, *HIDDEN), HIDDEN, strict=False):
+    for level, below, width in zip(levels, (784, *hidden), hidden, strict=False):
         q[f"d{level} | {f'd{level - 1}' if level > 1 else 'x'}"] = Deterministic(net(below, width, width))
-    for level, dims, width in zip(levels, LATENTS, HIDDEN, strict=True):
+    for level, dims, width in zip(levels, LATENTS, hidden, strict=True):
         evidence = MLP(width, [], 2 * dims)
         if level == len(LATENTS):
             q[f"z{level} | d{level}"] = DiagonalNormal(evidence)
@@ -89,6 +90,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=40, help="epochs over which the weight of the KL rises")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate")
+    parser.add_argument("--share", type=float, default=0.25, help="of the paper's hidden units")
+    parser.add_argument("--activation", default="relu")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("medium")  # bfloat16 products in training where the processor has them
     x, _, x_test, _ = mnist(args.data)
@@ -98,11 +102,11 @@ def main() -> None:
     for seed in args.seeds:
         for model in args.models:
             torch.manual_seed(seed)
-            vae, began = build(model, x.float().mean(0) / 255), time.monotonic()
+            vae, began = build(model, x.float().mean(0) / 255, args.share, args.activation), time.monotonic()
             warm = args.warmup * len(x) // args.batch if "warm" in model or model == "ladder" else 0
             config = TrainConfig(
                 steps=steps, batch_size=args.batch, learning_rate=args.rate, kl_warmup_steps=warm, average=0.0,
-                validation=0.0, seed=seed, compile=True, log_every=500,
+                validation=0.0, seed=seed, compile=True, log_every=500, schedule=args.schedule,
             )  # fmt: skip
             torch.set_float32_matmul_precision("medium")
             aevb.fit(vae, Binarized(x), config)
@@ -126,6 +130,9 @@ def main() -> None:
                 float(bound.std()) / len(bound) ** 0.5,
             )
             setting = f"{model}; {args.epochs} epochs of batch {args.batch}, warm-up {args.warmup if warm else 0}"
+            named = ("share", "activation", "rate", "schedule")
+            if any(getattr(args, name) != parser.get_default(name) for name in named):
+                setting += f", {args.share:g} of the widths, {args.activation}, {args.schedule} rate {args.rate:g}"
             record("five layers, dynamic MNIST", setting, seed, minutes, figures)
 
 

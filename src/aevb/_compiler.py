@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
@@ -91,6 +92,7 @@ def _rewriting(rounded: bool) -> Any:
         def __call__(self, graph: torch.fx.Graph) -> None:
             bias_apart(graph)
             softplus.apply(graph)
+            merge_equal(graph)
             if rounded:
                 round_products(graph)
 
@@ -98,6 +100,36 @@ def _rewriting(rounded: bool) -> Any:
             return get_hash_for_files((__file__,), f"{rounded} {_log1p_powers()}")
 
     return Rewriting()
+
+
+def merge_equal(graph: torch.fx.Graph) -> None:
+    """Compute once what is computed twice from the same, but for random numbers and results, each a tensor of its own.
+
+    The doubly reparameterized gradient looks at p twice at the same draws, before it and within it.
+    """
+    returned: set[torch.fx.Node] = set()
+    pending = list(graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        returned.add(node)
+        if node.target is operator.getitem or getattr(node.target, "is_view", False):  # of the same memory
+            pending.append(node.all_input_nodes[0])
+    # Draws, and sizes and numbers that are read from values.
+    tags = (torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+    first: dict[str, torch.fx.Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:  # what is read again after it may be another value
+                first.clear()
+            if node.is_impure() or any(tag in node.target.tags for tag in tags):
+                continue
+        elif node.target is not operator.getitem:
+            continue
+        if node not in returned:
+            told = f"{node.target} {node.args} {node.kwargs}"  # 1 and 1.0 are not the same
+            if (same := first.setdefault(told, node)) is not node:
+                node.replace_all_uses_with(same)
+                graph.erase_node(node)
 
 
 def bias_apart(graph: torch.fx.Graph) -> None:

@@ -8,6 +8,7 @@ make an objective that is none.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -261,7 +262,9 @@ def estimate(
     if gradient == "stl":
         return terms_at(vae, draws, kl="sampled", holes=seen, data_size=data_size, stop=True)
     _refuse_shared_draws(vae, draws)
-    with torch.no_grad(), keeping_buffers(vae):
+    # Compiled, both looks are one, if they are of the same formulas: log_prob has another where there is no gradient.
+    looking = contextlib.nullcontext() if torch.compiler.is_compiling() else torch.no_grad()
+    with looking, keeping_buffers(vae):
         by_state = terms_at(vae, draws, kl="sampled", holes=seen).log_weights_by_state()
         axes = tuple(range(len(draws.summed) + 1))  # states and draws
         weights = (by_state - by_state.logsumexp(axes, keepdim=True)).exp()

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributions as td
@@ -257,7 +257,7 @@ def terms_at(
     """
     known, drawn = dict(draws.values), dict(draws.drawn)
     for node, factor in (scale or {}).items():
-        drawn[node] = drawn[node].detach() + factor.detach() * (drawn[node] - drawn[node].detach())
+        drawn[node] = _Scaled.apply(drawn[node], factor.detach())
         missing = draws.latent[node]
         known[node] = (
             drawn[node] if missing is None else _blend(drawn[node], draws.values[node], missing, draws.posterior[node])
@@ -308,6 +308,25 @@ def terms_at(
     weights = _total(log_state).expand(torch.broadcast_shapes(full, *(part.shape for part in log_state)))
     seen_states = _total(draws.seen.values()) if draws.seen else None
     return replace(result, log_state=weights, log_seen=seen_states)
+
+
+class _Scaled(torch.autograd.Function):
+    """The same value, with its gradient multiplied by a factor that has none itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, factor: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (factor,) = ctx.saved_tensors
+        return gradient * factor, None
 
 
 def _blend(drawn: Tensor, observed: Tensor, missing: Tensor, d: td.Distribution) -> Tensor:

@@ -74,7 +74,7 @@ class Blocks:
             parts = [self.take(some)[self.node] for some in indices.split(max(1, len(indices) // 2))]
             return {self.node: torch.cat(parts)}
         # Those that are there are touched first, so that they do not make way for others of this batch.
-        for number in sorted(wanted, key=lambda number: number not in self._slots):
+        for number in sorted(wanted, key=lambda number: (number not in self._slots, number)):
             self._hold(number)
         assert self._memory is not None
         return {self.node: self._memory.index_select(0, indices + self._shift[block])}
