@@ -60,6 +60,16 @@ def test_equal_nodes_are_computed_once() -> None:
     assert float(outputs[1][1].abs().min()) > 0
 
 
+def test_sizes_read_from_values_stay_apart() -> None:
+    """Inductor cannot tell the sizes of the later of two equal nodes otherwise."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    found = [graph.call_function(aten.nonzero.default, (x,)) for _ in range(2)]
+    graph.output(graph.call_function(aten.sub.Tensor, tuple(found)))
+    merge_equal(graph)
+    assert len(graph.find_nodes(op="call_function", target=aten.nonzero.default)) == 2
+
+
 def test_bias_and_product_stand_apart() -> None:
     """Same values; a sum with weights of its own stays as it is."""
 

@@ -313,8 +313,6 @@ def terms_at(
 class _Scaled(torch.autograd.Function):
     """The same value, with its gradient multiplied by a factor that has none itself."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, factor: Tensor) -> Tensor:
         return x.view_as(x)
